@@ -1,0 +1,382 @@
+"""Variational autoencoder on binarised MNIST, after Kingma and Welling, Auto-Encoding Variational
+Bayes (ICLR 2014, arXiv:1312.6114), with fully connected networks only.
+
+    z ~ N(0, I)    x_m ~ Bernoulli(f(z)_m)    q(z|x) = N(μ(x), diag σ²(x))
+
+    log p(x) ≥ ELBO(x) = E_q(z|x)[log p(x|z)] − KL(q(z|x) ‖ p(z))
+
+Training maximises the bound with one reparametrised sample, z = μ + σ ⊙ ε, ε ~ N(0, I), and the KL
+divergence in closed form. At the end log p(x) itself is estimated by importance sampling.
+
+    python code/a3_vae.py --zdim 20
+    python code/a3_vae.py --zdim 2
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import figures
+import runs
+from datasets.bmnist import bmnist
+
+PIXELS = 28 * 28
+EVAL_BATCH = 1000
+IW_ROWS = 16_384  # decoded at once when log p(x) is estimated: about 0.2 GB
+
+
+# --- mathematics ---------------------------------------------------------------------------------
+
+
+def bernoulli_log_likelihood(x: Tensor, logits: Tensor) -> Tensor:
+    """log p(x|z) = Σ_m x_m log f_m + (1 − x_m) log(1 − f_m), f = sigmoid(logits), in nats.
+
+    Shapes: x and logits (..., M), broadcast against each other, to (...).
+    """
+    x, logits = torch.broadcast_tensors(x, logits)
+    return -F.binary_cross_entropy_with_logits(logits, x, reduction='none').sum(-1)
+
+
+def gaussian_kl(mean: Tensor, std: Tensor) -> Tensor:
+    """KL(N(μ, σ²) ‖ N(0, 1)) = ½ Σ_d (σ_d² + μ_d² − 1 − log σ_d²), in nats (paper, appendix B).
+
+    Shapes: mean and std (..., D) to (...).
+    """
+    return 0.5 * (std.square() + mean.square() - 1 - 2 * std.log()).sum(-1)
+
+
+def gaussian_log_density(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log N(z; μ, diag σ²), in nats. Shapes: each (..., D), broadcast together, to (...)."""
+    return -(0.5 * ((z - mean) / std).square() + std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def manifold_grid(steps: int) -> Tensor:
+    """Φ⁻¹ of an even grid over the unit square: equal prior mass between neighbours (figure 4b).
+
+    Returns (steps², 2); the first coordinate grows to the right, the second upwards, row by row
+    from the top.
+    """
+    ticks = torch.special.ndtri((torch.arange(steps, dtype=torch.float64) + 0.5) / steps).float()
+    up, right = torch.meshgrid(ticks.flip(0), ticks, indexing='ij')
+    return torch.stack([right, up], dim=-1).view(-1, 2)
+
+
+# --- model ---------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """h + dropout(SiLU(W LayerNorm(h) + b)), shape (B, H)."""
+
+    def __init__(self, hidden_dim: int, dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.linear = nn.Linear(hidden_dim, hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.dropout(F.silu(self.linear(self.norm(h))))
+
+
+def fully_connected(n_in: int, hidden_dim: int, n_out: int, n_layers: int,
+                    dropout: float) -> nn.Sequential:
+    """`n_layers` hidden layers, all but the first residual, and a linear map to the output."""
+    blocks = [Residual(hidden_dim, dropout) for _ in range(n_layers - 1)]
+    return nn.Sequential(nn.Linear(n_in, hidden_dim), nn.SiLU(), nn.Dropout(dropout), *blocks,
+                         nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, n_out))
+
+
+class Encoder(nn.Module):
+    """q(z|x): images to the mean and standard deviation of a factored Gaussian."""
+
+    def __init__(self, hidden_dim: int = 500, z_dim: int = 20, n_layers: int = 3):
+        super().__init__()
+        self.net = fully_connected(PIXELS, hidden_dim, 2 * z_dim, n_layers, dropout=0.0)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 784) in [0, 1] to mean and std, each (B, z_dim)."""
+        mean, log_var = self.net(2 * input - 1).to(input.dtype).chunk(2, dim=-1)
+        return mean, (0.5 * log_var.clamp(-14, 14)).exp()
+
+
+class Decoder(nn.Module):
+    """p(x|z): codes to the means of 784 Bernoulli pixels."""
+
+    def __init__(self, hidden_dim: int = 500, z_dim: int = 20, n_layers: int = 3,
+                 dropout: float = 0.1):
+        super().__init__()
+        self.net = fully_connected(z_dim, hidden_dim, PIXELS, n_layers, dropout)
+        nn.init.normal_(self.net[-1].weight, std=0.01)  # the untrained pixels: nearly Bernoulli(½)
+
+    def logits(self, input: Tensor) -> Tensor:
+        """(..., z_dim) to the logits of the means, (..., 784)."""
+        return self.net(input).to(input.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., z_dim) to the means, (..., 784) in (0, 1)."""
+        return self.logits(input).sigmoid()
+
+
+class VAE(nn.Module):
+    """Encoder, prior and decoder: the lower bound, samples, and log p(x)."""
+
+    def __init__(self, hidden_dim: int = 500, z_dim: int = 20, n_layers: int = 3,
+                 dropout: float = 0.1):
+        super().__init__()
+        self.z_dim = z_dim
+        self.encoder = Encoder(hidden_dim, z_dim, n_layers)
+        self.decoder = Decoder(hidden_dim, z_dim, n_layers, dropout)
+
+    def elbo_terms(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """One-sample estimate of E_q[log p(x|z)], and the exact KL(q ‖ p): each (B,), in nats."""
+        mean, std = self.encoder(input)
+        z = mean + std * torch.randn_like(std)
+        return bernoulli_log_likelihood(input, self.decoder.logits(z)), gaussian_kl(mean, std)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, 784) to the average negative lower bound, in nats: equation 12 of the assignment."""
+        log_likelihood, kl = self.elbo_terms(input)
+        return (kl - log_likelihood).mean()
+
+    @torch.no_grad()
+    def sample(self, n_samples: int) -> tuple[Tensor, Tensor]:
+        """Ancestral samples: z ~ p(z), x ~ p(x|z). Returns (sampled_ims, im_means), (N, 784)."""
+        z = torch.randn(n_samples, self.z_dim, device=next(self.parameters()).device)
+        im_means = self.decoder(z)
+        return torch.bernoulli(im_means), im_means
+
+    @torch.no_grad()
+    def log_px(self, input: Tensor, n_samples: int) -> Tensor:
+        """Importance-sampled log p(x) ≈ log 1/K Σ_k p(x|z_k) p(z_k) / q(z_k|x), z_k ~ q(z|x).
+
+        In expectation a lower bound that rises with K to log p(x) (Burda et al., Importance
+        Weighted Autoencoders, ICLR 2016, theorem 1). Shapes: (B, 784) to (B,), in nats.
+        """
+        mean, std = self.encoder(input)
+        B, D = mean.shape
+        zero, one = torch.zeros_like(mean), torch.ones_like(std)
+        log_sum = torch.full_like(mean[:, 0], -math.inf)
+        for start in range(0, n_samples, chunk := max(1, IW_ROWS // B)):
+            K = min(chunk, n_samples - start)
+            z = mean + std * torch.randn(K, B, D, device=mean.device, dtype=mean.dtype)
+            log_w = (bernoulli_log_likelihood(input, self.decoder.logits(z))
+                     + gaussian_log_density(z, zero, one) - gaussian_log_density(z, mean, std))
+            log_sum = torch.logaddexp(log_sum, log_w.logsumexp(0))  # log_w is (K, B)
+        return log_sum - math.log(n_samples)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def augment(images: Tensor, share: float) -> Tensor:
+    """A share of the images, turned, scaled, sheared and moved a little; binary stays binary.
+
+    Standard deviations: 5°, 5 %, 5 % and half a pixel. Shape (B, 784).
+    """
+    B = len(images)
+    on = (torch.rand(B, device=images.device) < share).float()
+    noise = torch.randn(6, B, device=images.device) * on
+    angle, shear = noise[0] * math.radians(5), noise[1] * 0.05
+    sx, sy, dx, dy = 1 + noise[2] * 0.05, 1 + noise[3] * 0.05, noise[4] / 28, noise[5] / 28
+    theta = torch.stack([sx * angle.cos(), shear - angle.sin(), dx,
+                         angle.sin(), sy * angle.cos(), dy], dim=-1).view(B, 2, 3)
+    grid = F.affine_grid(theta, [B, 1, 28, 28], align_corners=False)
+    return F.grid_sample(images.view(B, 1, 28, 28), grid, mode='nearest',
+                         align_corners=False).view(B, PIXELS)
+
+
+def epoch_iter(model: VAE, data: Iterable[Tensor], optimizer: torch.optim.Optimizer | None = None,
+               schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+               bf16: bool = False) -> float:
+    """One pass over the data, with updates if the model is in training mode.
+
+    Args:
+        data: batches of images, (B, 784) in [0, 1].
+        optimizer, schedule: stepped after each batch; needed for training only.
+        bf16: whether the networks compute in bfloat16 (the losses never do).
+
+    Returns:
+        The average negative lower bound, each image with the same weight, in nats.
+    """
+    total, count = 0.0, 0
+    for images in data:
+        with (torch.set_grad_enabled(model.training),
+              torch.autocast(images.device.type, torch.bfloat16, enabled=bf16)):
+            neg_elbo = model(images)
+        if model.training:
+            optimizer.zero_grad()
+            neg_elbo.backward()
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()
+        total = total + neg_elbo.detach() * len(images)  # stays on the device: nothing waits
+        count += len(images)
+    return float(total / count)
+
+
+def run_epoch(model: VAE, data: tuple[Iterable[Tensor], Iterable[Tensor]],
+              optimizer: torch.optim.Optimizer, **options) -> tuple[float, float]:
+    """Train on the first data set, then evaluate on the second: `epoch_iter` of each, in nats."""
+    traindata, valdata = data
+    model.train()
+    train_neg_elbo = epoch_iter(model, traindata, optimizer, **options)
+    model.eval()
+    val_neg_elbo = epoch_iter(model, valdata, bf16=options.get('bf16', False))
+    return train_neg_elbo, val_neg_elbo
+
+
+def learning_rate(progress: float) -> float:
+    """One cycle, as a factor: linear from 0 to 1 over the first tenth, then a cosine to 0."""
+    return min(10 * progress, 0.5 + 0.5 * math.cos(math.pi * (progress - 0.1) / 0.9))
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def save_elbo_plot(train_curve: list[float], val_curve: list[float], filename: Path) -> None:
+    """The lower bound (not its negative) over epochs, from the untrained network on; in nats."""
+    curves = {'training': [-value for value in train_curve],
+              'validation': [-value for value in val_curve]}
+    panels = [{'ylabel': 'lower bound on log p(x), nats', 'curves': curves,
+               'references': {'784 · log ½': -PIXELS * math.log(2)}},
+              {'ylabel': 'the same, from epoch 1', 'curves': curves, 'start': 1}]
+    figures.save_curves(filename, list(range(len(val_curve))), panels)
+
+
+def save_images(filename: Path, images: Tensor, columns: int, **options) -> None:
+    """Rows of 784 pixels in [0, 1], as a grid of images."""
+    figures.save_grid(filename, images.view(-1, 28, 28).cpu().numpy(), columns, **options)
+
+
+def save_snapshot(model: VAE, run: runs.Run, epoch: int) -> None:
+    """25 samples from the same noise each time; with two latent dimensions, the manifold too."""
+    model.eval()
+    runs.seed_all(run.args.seed, 'samples')
+    draws, means = model.sample(25)
+    save_images(run.path(f'samples_epoch{epoch:02d}_draws.png'), draws, columns=5)
+    save_images(run.path(f'samples_epoch{epoch:02d}_means.png'), means, columns=5)
+    if model.z_dim == 2:
+        with torch.no_grad():
+            means = model.decoder(manifold_grid(20).to(means.device))
+        save_images(run.path(f'manifold_epoch{epoch:02d}.png'), means, columns=20, scale=2, gap=0)
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+def build_parser() -> runs.Parser:
+    parser = runs.Parser(__doc__)
+    add = parser.add_argument
+    add('--epochs', type=runs.whole_number(1), default=40, help='default: 40')
+    add('--zdim', type=runs.whole_number(1), default=20, help='latent dimensions (default: 20)')
+    add('--hidden_dim', type=runs.whole_number(1), default=512, help='default: 512')
+    add('--n_layers', type=runs.whole_number(1), default=3,
+        help='hidden layers of each network (default: 3)')
+    add('--dropout', type=runs.number(0, below=1), default=0.1,
+        help='in the decoder (default: 0.1)')
+    add('--augment', type=runs.number(0, below=1.01), default=0.5,
+        help='share of the training images changed a little, but for the last fifth of the epochs '
+             '(default: 0.5)')
+    add('--batch_size', type=runs.whole_number(1), default=128, help='default: 128')
+    add('--lr', type=runs.number(0), default=2e-3, help='peak of the one-cycle (default: 2e-3)')
+    add('--iw_samples', type=runs.whole_number(1), default=100,
+        help='importance samples for log p(x) of the test images (default: 100)')
+    add('--precision', choices=('auto', 'bf16', 'fp32'), default='auto',
+        help='of the networks in training; auto: bf16 where the hardware has it')
+    parser.add_shared_arguments()
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    return build_parser().parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    device = runs.pick_device(args.device)
+    bf16 = args.precision == 'bf16' or args.precision == 'auto' and runs.has_fast_bf16(device)
+    train, val, test = bmnist(args.data_dir, args.batch_size, not args.dry_run, args.dataset,
+                              device)
+    name = runs.run_name(f'vae_z{args.zdim}', build_parser(), args, ('zdim', 'iw_samples'),
+                         train.source)
+    if args.dry_run:
+        args.epochs, args.iw_samples = 2, 5
+        train, val, test = (loader.head(3 * args.batch_size) for loader in (train, val, test))
+    curve_train, val, test = (loader.head(10_000, EVAL_BATCH) for loader in (train, val, test))
+
+    runs.seed_all(args.seed, 'weights')
+    model = VAE(args.hidden_dim, args.zdim, args.n_layers, args.dropout).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    steps = args.epochs * len(train)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate((step + 1) / (steps + 1)))
+    run = runs.Run(__file__, args, name, train.source, device,
+                   {'model': model, 'optimizer': optimizer, 'schedule': schedule})
+
+    if args.sample:
+        run.load()
+        model.eval()
+        runs.seed_all(args.seed, f'{args.sample} samples')
+        draws, means = model.sample(args.sample)
+        columns = math.ceil(math.sqrt(args.sample))
+        for kind, images in (('draws', draws), ('means', means)):
+            save_images(run.path(f'sample_{kind}.png'), images, columns)
+            print(run.path(f'sample_{kind}.png'))
+        return
+
+    if not run.begin(len(train)):
+        return
+    snapshots = {round(quarter * args.epochs / 4) for quarter in range(5)}
+    for epoch in run.epochs():
+        start = time.perf_counter()
+        if epoch == 0:
+            running, val_neg_elbo = None, epoch_iter(model.eval(), val, bf16=bf16)
+        else:
+            share = args.augment if epoch <= 0.8 * args.epochs else 0.0
+            batches = (augment(images, share) for images in run.track(train))
+            running, val_neg_elbo = run_epoch(model, (batches, val), optimizer,
+                                              schedule=schedule, bf16=bf16)
+        train_neg_elbo = epoch_iter(model, curve_train, bf16=bf16)
+        seconds = time.perf_counter() - start
+        if epoch in snapshots:
+            save_snapshot(model, run, epoch)
+        run.end_epoch({'epoch': epoch, 'train_neg_elbo_nats': train_neg_elbo,
+                       'val_neg_elbo_nats': val_neg_elbo, 'running_neg_elbo_nats': running,
+                       'seconds': seconds})
+
+    model.eval()
+    with torch.no_grad():
+        images = test.images[:10].float()
+        reconstructions = model.decoder(model.encoder(images)[0])
+    save_images(run.path('reconstructions.png'), torch.cat([images, reconstructions]), columns=10)
+    save_elbo_plot([row['train_neg_elbo_nats'] for row in run.rows],
+                   [row['val_neg_elbo_nats'] for row in run.rows], run.path('elbo.pdf'))
+
+    start = time.perf_counter()
+    runs.seed_all(args.seed, 'test')  # in float32 from here on
+    val_neg_elbo = epoch_iter(model, val)
+    totals = torch.zeros(3, dtype=torch.float64)
+    with torch.no_grad():
+        for images in test:
+            log_likelihood, kl = model.elbo_terms(images)
+            log_px = model.log_px(images, args.iw_samples)
+            totals += torch.stack([-log_likelihood.sum(), kl.sum(), -log_px.sum()]).cpu()
+    reconstruction, kl, nll = (totals / len(test.images)).tolist()
+    run.finish({
+        'val_neg_elbo_nats': val_neg_elbo,
+        'test_neg_elbo_nats': reconstruction + kl,
+        'test_reconstruction_nats': reconstruction,
+        'test_kl_nats': kl,
+        'test_nll_nats': nll,
+        'iw_samples': args.iw_samples,
+        'parameters': sum(parameter.numel() for parameter in model.parameters()),
+        'test_minutes': (time.perf_counter() - start) / 60,
+    })
+
+
+if __name__ == '__main__':
+    runs.launch(main, parse_args())

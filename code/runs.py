@@ -1,0 +1,365 @@
+"""One run of one script: its command line, its folder, its checkpoint. Nothing here knows a model.
+
+A run's folder `report/results/<run>/` holds `config.json`, `log.csv`, `checkpoint.pt`, figures
+and, once the run has ended, `metrics.json`. Every file is written under a temporary name and then
+renamed: whenever a run is stopped, its files are whole. Randomness is seeded for each epoch from
+(seed, epoch), so a run that was stopped and resumed ends with the same weights, log and figures
+as one that never was, bit for bit on one machine.
+"""
+
+import argparse
+import difflib
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent  # the project's folder, where default paths start
+CHECKPOINT_FORMAT = 1
+# Arguments that change no result: two runs may differ in them and still be the same run.
+NEUTRAL = ('data_dir', 'results_dir', 'run', 'device', 'dataset', 'resume', 'dry_run', 'sample')
+OWN_FILES = ('.json', '.csv', '.pt', '.png', '.pdf', '.tmp')  # what a run leaves in its folder
+
+
+class RunError(Exception):
+    """What a run cannot go on with, in one line; `status` is the exit status that it ends with."""
+
+    def __init__(self, message: str, status: int = 2):
+        super().__init__(message)
+        self.status = status
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and dashes accepted for underscores."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add_shared_arguments(self) -> None:
+        """The flags that all scripts share."""
+        add = self.add_argument
+        add('--seed', type=whole_number(0), default=42, help='of all randomness (default: 42)')
+        add('--device', default='auto', help='auto (cuda, then mps, then cpu), cpu, cuda:1, …')
+        add('--data_dir', type=Path, default=ROOT / 'data',
+            help='where MNIST is, or is downloaded to')
+        add('--results_dir', type=Path, default=ROOT / 'report' / 'results',
+            help="where the run's folder is made")
+        add('--run', metavar='NAME', help='of that folder (default: says what is not default)')
+        add('--dataset', choices=('mnist', 'digits'),
+            help='default: mnist, or where there is none the digits shipped with the project')
+        add('--resume', action='store_true', help="go on from the run's checkpoint")
+        add('--dry_run', action='store_true',
+            help='the whole path on a few batches, into a temporary folder, offline')
+        add('--sample', type=whole_number(1), metavar='N',
+            help="draw N samples from the run's checkpoint, and stop")
+
+    def parse_args(self, args: list[str] | None = None, namespace: Any = None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_args([underscored(word) for word in words], namespace)
+
+    def error(self, message: str):
+        if message.startswith('unrecognized arguments: --'):
+            flag = message.split()[2].partition('=')[0]
+            close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            message = f'unknown flag {flag}' + (f', did you mean {close[0]}?' if close else '')
+        self.exit(2, f'{self.prog}: error: {message} (--help lists the flags)\n')
+
+
+def underscored(word: str) -> str:
+    """`--data-dir=a-b` as `--data_dir=a-b`; any other word as it is."""
+    flag, equals, value = word.partition('=')
+    return '--' + flag[2:].replace('-', '_') + equals + value if word[:2] == '--' else word
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least `least`."""
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f'expected a whole number ≥ {least}, got {text!r}')
+        return int(text)
+    return parse
+
+
+def number(least: float = 0.0, below: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a number in [least, below)."""
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < below:
+            raise argparse.ArgumentTypeError(
+                f'expected a number ≥ {least:g} and < {below:g}, got {text!r}')
+        return value
+    return parse
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is cuda, then mps, then cpu. Raises RunError."""
+    if name == 'auto':
+        name = ('cuda' if torch.cuda.is_available() else
+                'mps' if torch.backends.mps.is_available() else 'cpu')
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RunError(f'--device {name}: {str(error).splitlines()[0]}') from None
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies matrices faster in bfloat16 than in float32, by its kind."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities() if device.type == 'cpu' else {}
+    return bool(features.get('avx512_bf16') or features.get('amx_bf16'))
+
+
+def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """`main(args)`, with what a user can mend told in one line and a fitting exit status."""
+    script = Path(sys.argv[0]).name
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        words = [word for word in sys.argv if word != '--resume']
+        print(f'\n{script}: interrupted; go on with: python {shlex.join(words)} --resume',
+              file=sys.stderr)
+        sys.exit(130)
+    except (RunError, OSError) as error:
+        print(f'{script}: error: {" ".join(str(error).split())}', file=sys.stderr)
+        sys.exit(getattr(error, 'status', 2))
+
+
+def seed_all(seed: int, stream: int | str) -> None:
+    """Seed torch's generators from (seed, stream): an epoch, or the name of what is drawn."""
+    words = list(str(stream).encode())
+    state = np.random.SeedSequence([seed, len(words), *words]).generate_state(2)
+    torch.manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+
+
+# --- the folder ----------------------------------------------------------------------------------
+
+
+def write_atomic(path: Path | str, content: bytes | str) -> None:
+    """Write a file whole or not at all: under a temporary name beside it, then renamed."""
+    path = Path(path)
+    temporary = path.with_name(path.name + '.tmp')
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_csv(path: Path | str, rows: list[dict]) -> None:
+    """Rows of the same keys as CSV: floats to six significant digits, None as an empty cell."""
+    def cell(value: Any) -> str:
+        return '' if value is None else f'{value:.6g}' if isinstance(value, float) else str(value)
+    lines = [','.join(rows[0])] + [','.join(map(cell, row.values())) for row in rows]
+    write_atomic(path, '\n'.join(lines) + '\n')
+
+
+def run_name(prefix: str, parser: Parser, args: argparse.Namespace, told: tuple[str, ...],
+             source: dict) -> str:
+    """The run's folder: `--run`, or the prefix and each argument that is not at its default.
+
+    Args:
+        prefix: as in `vae_z20`.
+        told: arguments that the prefix tells already, or that do not touch training.
+        source: of the data set; the shipped digits add `_digits`.
+    """
+    if args.run is not None:
+        return args.run
+    words = [prefix] + [f'{name.replace("_", "")}{value}' for name, value in vars(args).items()
+                        if name not in NEUTRAL + told and value != parser.get_default(name)]
+    return '_'.join(words + ['digits'] * (source['dataset'] == 'digits'))
+
+
+def hardware(device: torch.device) -> str:
+    """The processor's name and the threads used, or the accelerator's name."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        name = next(line for line in lines if line.startswith('model name')).split(': ')[1]
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f'{name}, {torch.get_num_threads()} threads'
+
+
+def peak_memory_mb() -> float | None:
+    """The most memory that this process has held, in MB (10⁶ bytes); None on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+class Run:
+    """The folder of one run, and how far the run has come.
+
+    Args:
+        script: the script's `__file__`.
+        args: its arguments; `epochs`, `seed`, `resume`, `dry_run` and `results_dir` are heeded.
+        name: of the folder.
+        source: what the data set is, as JSON can hold it.
+        device: that the run computes on.
+        parts: whatever has `state_dict` and `load_state_dict`, by name: the checkpoint's content.
+    """
+
+    def __init__(self, script: str, args: argparse.Namespace, name: str, source: dict,
+                 device: torch.device, parts: dict[str, Any]):
+        if not name or name.startswith('.') or Path(name).name != name:
+            raise RunError(f'--run: expected the name of a folder, got {name!r}')
+        self.args, self.parts = args, parts
+        parent = Path(tempfile.mkdtemp(prefix='a3_')) if args.dry_run else args.results_dir
+        self.folder: Path = parent / name
+        self.rows: list[dict] = []
+        self.config = {
+            'script': Path(script).stem,
+            'script_sha256': hashlib.sha256(Path(script).read_bytes()).hexdigest(),
+            'arguments': {name: str(value) if isinstance(value, Path) else value
+                          for name, value in vars(args).items()},
+            'data': source, 'device': str(device), 'hardware': hardware(device),
+            'versions': {'python': platform.python_version(), 'torch': torch.__version__,
+                         'numpy': np.__version__},
+        }
+        self.bar = tqdm(disable=True)
+
+    def path(self, name: str) -> Path:
+        """The path of a file of this run."""
+        return self.folder / name
+
+    def load(self) -> None:
+        """Read the checkpoint into `parts` and `rows`. Raises RunError where it does not fit."""
+        path = self.path('checkpoint.pt')
+        if not path.is_file():
+            raise RunError(f'{path} does not exist: train this run first')
+        try:
+            saved = torch.load(path, map_location='cpu', weights_only=True)
+            if saved['format'] != CHECKPOINT_FORMAT:
+                raise RunError(f'{path} is of format {saved["format"]}, '
+                               f'this code reads format {CHECKPOINT_FORMAT}')
+            if saved['script'] != self.config['script']:
+                raise RunError(f'{path} is of {saved["script"]}.py, not of '
+                               f'{self.config["script"]}.py')
+            for name, part in self.parts.items():
+                part.load_state_dict(saved['parts'][name])
+            self.rows = saved['rows']
+        except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError,
+                AttributeError) as error:
+            raise RunError(f'{path} is damaged or of another model: '
+                           f'{str(error).strip().splitlines()[0]}') from None
+
+    def begin(self, batches: int) -> bool:
+        """Make the folder, or with `--resume` go on from its checkpoint.
+
+        Args:
+            batches: in one epoch, for the progress bar.
+
+        Returns:
+            False where `--resume` finds a finished run, and there is nothing to do.
+        """
+        if self.args.resume and self.path('checkpoint.pt').is_file():
+            self.refuse_differences()
+            self.load()
+            if self.path('metrics.json').is_file():
+                print(f'{self.folder} is finished already ({self.args.epochs} epochs): '
+                      'nothing was changed')
+                return False
+            print(f'{self.folder}: going on after epoch {self.rows[-1]["epoch"]}')
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.path('config.json').is_file():  # an earlier run's files would pass for ours
+                for path in sorted(self.folder.iterdir()):
+                    if path.suffix in OWN_FILES and path.is_file():
+                        path.unlink()
+            print(f'{self.folder}: {"dry run" if self.args.dry_run else "new run"} '
+                  f'on {self.config["device"]}, {self.config["data"]["description"]}')
+        write_atomic(self.path('config.json'), json.dumps(self.config, indent=2) + '\n')
+        self.bar = tqdm(total=self.args.epochs * batches, disable=not sys.stderr.isatty(),
+                        initial=max(0, len(self.rows) - 1) * batches, unit='batch', leave=False)
+        return True
+
+    def refuse_differences(self) -> None:
+        """Raise RunError where the run in the folder had other arguments or other data."""
+        path = self.path('config.json')
+        try:
+            saved = json.loads(path.read_text())
+            before = saved['arguments'] | {'data': saved['data']['sha256']}
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f'{path} is not the config of a run: {error}') from None
+        now = self.config['arguments'] | {'data': self.config['data']['sha256']}
+        for name in [name for name in now | before if name not in NEUTRAL]:
+            if before.get(name) != now.get(name):
+                raise RunError(f'cannot resume {self.folder}: {name} was {before.get(name)}, '
+                               f'is now {now.get(name)}')
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs yet to be run, 0 (the untrained network) to `--epochs`, each seeded anew."""
+        for epoch in range(len(self.rows), self.args.epochs + 1):
+            seed_all(self.args.seed, epoch)
+            yield epoch
+
+    def track(self, batches: Iterable) -> Iterator:
+        """The batches of an epoch, as the progress bar sees them go by."""
+        for batch in batches:
+            yield batch
+            self.bar.update()
+
+    def end_epoch(self, row: dict) -> None:
+        """Write the epoch's row (which has `epoch` and `seconds`) to the log, and a checkpoint.
+
+        Raises RunError, with the last checkpoint left as it was, where a number is not finite.
+        """
+        epoch = row['epoch']
+        for name, value in row.items():
+            if value is not None and not math.isfinite(value):
+                raise RunError(f'{name} is {value} after epoch {epoch}; '
+                               f'{self.path("checkpoint.pt")} is of epoch {epoch - 1}', status=1)
+        self.rows.append(row)
+        content = io.BytesIO()
+        torch.save({'format': CHECKPOINT_FORMAT, 'script': self.config['script'],
+                    'rows': self.rows,
+                    'parts': {name: part.state_dict() for name, part in self.parts.items()}},
+                   content)
+        write_atomic(self.path('checkpoint.pt'), content.getvalue())
+        write_csv(self.path('log.csv'), self.rows)
+        figures = [f'{name} {value:.2f}' for name, value in row.items()
+                   if name != 'epoch' and value is not None]
+        if self.bar.disable:
+            print(f'epoch {epoch}/{self.args.epochs}  ' + '  '.join(figures), flush=True)
+        else:
+            self.bar.set_postfix_str(', '.join(figures))
+
+    def finish(self, metrics: dict) -> None:
+        """Write `metrics.json`, which says that the run has ended, and list the files."""
+        self.bar.close()
+        minutes = sum(row['seconds'] for row in self.rows) / 60
+        common = {'seed': self.args.seed, 'epochs': self.args.epochs, 'train_minutes': minutes,
+                  'peak_memory_mb': peak_memory_mb()}
+        metrics = {name: float(f'{value:.6g}') if isinstance(value, float) else value
+                   for name, value in (metrics | common).items()}
+        write_atomic(self.path('metrics.json'), json.dumps(metrics, indent=2) + '\n')
+        width = max(map(len, metrics))
+        print('\n'.join(f'  {name:{width}}  {value}' for name, value in metrics.items()))
+        print(f'files in {self.folder}: '
+              + ', '.join(sorted(path.name for path in self.folder.iterdir())))
