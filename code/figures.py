@@ -81,6 +81,7 @@ def save_grid(filename: Path | str, images: np.ndarray, columns: int, scale: int
         top, left = i // columns * (H + gap), i % columns * (W + gap)
         grid[top:top + H, left:left + W] = image
     content = io.BytesIO()
-    imsave(content, grid.repeat(scale, 0).repeat(scale, 1), cmap='gray', vmin=0, vmax=1,
-           format='png', pil_kwargs={'optimize': True})
+    grey = (grid.clip(0, 1) * 255).round().astype(np.uint8).repeat(scale, 0).repeat(scale, 1)
+    # As colours: matplotlib's own grey scale would round some of the 256 greys down.
+    imsave(content, np.stack([grey] * 3, axis=-1), format='png', pil_kwargs={'optimize': True})
     write_atomic(filename, content.getvalue())

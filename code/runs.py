@@ -117,8 +117,10 @@ def pick_device(name: str) -> torch.device:
         name = ('cuda' if torch.cuda.is_available() else
                 'mps' if torch.backends.mps.is_available() else 'cpu')
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        probe = torch.zeros(1, device=name)
+        probe.item()  # the device `meta` holds no numbers
+        return probe.device
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise RunError(f'--device {name}: {str(error).splitlines()[0]}') from None
 
 
@@ -266,8 +268,9 @@ class Run:
             self.rows = saved['rows']
         except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError,
                 AttributeError) as error:
-            raise RunError(f'{path} is damaged or of another model: '
-                           f'{str(error).strip().splitlines()[0]}') from None
+            reason = ('more than tensors and numbers' if isinstance(error, pickle.UnpicklingError)
+                      else (str(error).strip() or type(error).__name__).splitlines()[0])
+            raise RunError(f'{path} is damaged or of another model: {reason}') from None
 
     def begin(self, batches: int) -> bool:
         """Make the folder, or with `--resume` go on from its checkpoint.
@@ -278,16 +281,18 @@ class Run:
         Returns:
             False where `--resume` finds a finished run, and there is nothing to do.
         """
+        if self.args.resume and self.path('metrics.json').is_file():
+            self.refuse_differences()
+            print(f'{self.folder} is finished already ({self.args.epochs} epochs): '
+                  'nothing was changed')
+            return False
         if self.args.resume and self.path('checkpoint.pt').is_file():
             self.refuse_differences()
             self.load()
-            if self.path('metrics.json').is_file():
-                print(f'{self.folder} is finished already ({self.args.epochs} epochs): '
-                      'nothing was changed')
-                return False
             print(f'{self.folder}: going on after epoch {self.rows[-1]["epoch"]}')
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.path('metrics.json').unlink(missing_ok=True)
             if self.path('config.json').is_file():  # an earlier run's files would pass for ours
                 for path in sorted(self.folder.iterdir()):
                     if path.suffix in OWN_FILES and path.is_file():
@@ -341,8 +346,8 @@ class Run:
                     'rows': self.rows,
                     'parts': {name: part.state_dict() for name, part in self.parts.items()}},
                    content)
+        write_csv(self.path('log.csv'), self.rows)  # first: what the checkpoint has is not redone
         write_atomic(self.path('checkpoint.pt'), content.getvalue())
-        write_csv(self.path('log.csv'), self.rows)
         figures = [f'{name} {value:.2f}' for name, value in row.items()
                    if name != 'epoch' and value is not None]
         if self.bar.disable:
