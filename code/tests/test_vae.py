@@ -105,7 +105,8 @@ def random_vae(z_dim: int, logit_std: float = 0.12) -> VAE:
         *_, weight, bias = model.decoder.parameters()  # of the map to the logits
         weight *= logit_std / model.decoder.logits(random(1000, z_dim)).std(0).mean()
         *_, weight, bias = model.encoder.parameters()
-        bias[z_dim:] += 0.5  # a wide q: no rare, heavy importance weights
+        weight *= 0.3 / model.encoder.net(2 * bits(1000, PIXELS) - 1).std(0).mean()
+        bias[z_dim:] = 0.3  # a wide q: no rare, heavy importance weights
     return model
 
 
