@@ -70,48 +70,50 @@ def manifold_grid(steps: int) -> Tensor:
 # --- model ---------------------------------------------------------------------------------------
 
 
-class Residual(nn.Module):
-    """h + SiLU(W h + b), shapes (..., H)."""
+class FullyConnected(nn.Module):
+    """`n_layers` hidden layers and a linear map: h ← SiLU(W h + b), with `skip` added to h."""
 
-    def __init__(self, hidden_dim: int):
+    def __init__(self, n_in: int, hidden_dim: int, n_out: int, n_layers: int, skip: bool):
         super().__init__()
-        self.linear = nn.Linear(hidden_dim, hidden_dim)
+        self.skip = skip
+        self.first = nn.Linear(n_in, hidden_dim)
+        self.hidden = nn.ModuleList(nn.Linear(hidden_dim, hidden_dim) for _ in range(n_layers - 1))
+        self.last = nn.Linear(hidden_dim, n_out)
 
-    def forward(self, h: Tensor) -> Tensor:
-        return h + F.silu(self.linear(h))
-
-
-def fully_connected(n_in: int, hidden_dim: int, n_out: int, n_layers: int) -> nn.Sequential:
-    """`n_layers` hidden layers, all but the first residual, and a linear map to the output."""
-    return nn.Sequential(nn.Linear(n_in, hidden_dim), nn.SiLU(),
-                         *[Residual(hidden_dim) for _ in range(n_layers - 1)],
-                         nn.Linear(hidden_dim, n_out))
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., n_in) to (..., n_out), in the input's precision also under autocast."""
+        h = F.silu(self.first(input))
+        for layer in self.hidden:
+            h = h + F.silu(layer(h)) if self.skip else F.silu(layer(h))
+        return self.last(h).to(input.dtype)
 
 
 class Encoder(nn.Module):
     """q(z|x): images to the mean and standard deviation of a factored Gaussian."""
 
-    def __init__(self, hidden_dim: int = 500, z_dim: int = 20, n_layers: int = 4):
+    def __init__(self, hidden_dim: int = 500, z_dim: int = 20, n_layers: int = 4,
+                 skip: bool = True):
         super().__init__()
-        self.net = fully_connected(PIXELS, hidden_dim, 2 * z_dim, n_layers)
+        self.net = FullyConnected(PIXELS, hidden_dim, 2 * z_dim, n_layers, skip)
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 784) in [0, 1] to mean and std, each (B, z_dim)."""
-        mean, log_var = self.net(2 * input - 1).to(input.dtype).chunk(2, dim=-1)
+        mean, log_var = self.net(2 * input - 1).chunk(2, dim=-1)
         return mean, (0.5 * log_var.clamp(-14, 14)).exp()
 
 
 class Decoder(nn.Module):
     """p(x|z): codes to the means of 784 Bernoulli pixels."""
 
-    def __init__(self, hidden_dim: int = 500, z_dim: int = 20, n_layers: int = 4):
+    def __init__(self, hidden_dim: int = 500, z_dim: int = 20, n_layers: int = 4,
+                 skip: bool = True):
         super().__init__()
-        self.net = fully_connected(z_dim, hidden_dim, PIXELS, n_layers)
-        nn.init.normal_(self.net[-1].weight, std=0.01)  # the untrained pixels: nearly Bernoulli(½)
+        self.net = FullyConnected(z_dim, hidden_dim, PIXELS, n_layers, skip)
+        nn.init.normal_(self.net.last.weight, std=0.01)  # at first about Bernoulli(½)
 
     def logits(self, input: Tensor) -> Tensor:
         """(..., z_dim) to the logits of the means, (..., 784)."""
-        return self.net(input).to(input.dtype)
+        return self.net(input)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., z_dim) to the means, (..., 784) in (0, 1)."""
@@ -121,11 +123,12 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """Encoder, prior and decoder: the lower bound, samples, and log p(x)."""
 
-    def __init__(self, hidden_dim: int = 500, z_dim: int = 20, n_layers: int = 4):
+    def __init__(self, hidden_dim: int = 500, z_dim: int = 20, n_layers: int = 4,
+                 skip: bool = True):
         super().__init__()
         self.z_dim = z_dim
-        self.encoder = Encoder(hidden_dim, z_dim, n_layers)
-        self.decoder = Decoder(hidden_dim, z_dim, n_layers)
+        self.encoder = Encoder(hidden_dim, z_dim, n_layers, skip)
+        self.decoder = Decoder(hidden_dim, z_dim, n_layers, skip)
 
     def elbo_terms(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """One-sample estimate of E_q[log p(x|z)], and the exact KL(q ‖ p): each (B,), in nats."""
@@ -272,9 +275,12 @@ def build_parser() -> runs.Parser:
     add('--hidden_dim', type=runs.whole_number(1), default=512, help='default: 512')
     add('--n_layers', type=runs.whole_number(1), default=4,
         help='hidden layers of each network (default: 4)')
-    add('--augment', type=runs.number(0, below=1.01), default=0.8,
-        help='share of the training images changed a little, but for the last tenth of the epochs '
-             '(default: 0.8)')
+    add('--skip', choices=('yes', 'no'),
+        help='connections past each hidden layer (default: yes, but with fewer than 5 latent '
+             'dimensions no)')
+    add('--augment', type=runs.number(0, 1),
+        help='share of the training images changed a little, but for the last fifth of the '
+             'epochs (default: 0.8, with fewer than 5 latent dimensions 0.4)')
     add('--batch_size', type=runs.whole_number(1), default=128, help='default: 128')
     add('--lr', type=runs.number(0), default=1.5e-3, help='peak of the cycle (default: 1.5e-3)')
     add('--iw_samples', type=runs.whole_number(1), default=100,
@@ -296,13 +302,16 @@ def main(args: argparse.Namespace) -> None:
                               device)
     name = runs.run_name(f'vae_z{args.zdim}', build_parser(), args, ('zdim', 'iw_samples'),
                          train.source)
+    few = args.zdim < 5  # then the codes need sharper maps, and every nuisance costs more of them
+    args.skip = args.skip or ('no' if few else 'yes')
+    args.augment = args.augment if args.augment is not None else 0.4 if few else 0.8
     if args.dry_run:
         args.epochs, args.iw_samples = 2, 5
         train, val, test = (loader.head(3 * args.batch_size) for loader in (train, val, test))
     curve_train, val, test = (loader.head(10_000, EVAL_BATCH) for loader in (train, val, test))
 
     runs.seed_all(args.seed, 'weights')
-    model = VAE(args.hidden_dim, args.zdim, args.n_layers).to(device)
+    model = VAE(args.hidden_dim, args.zdim, args.n_layers, args.skip == 'yes').to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     steps = args.epochs * len(train)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -329,7 +338,7 @@ def main(args: argparse.Namespace) -> None:
         if epoch == 0:
             running, val_neg_elbo = None, epoch_iter(model.eval(), val, bf16=bf16)
         else:
-            share = args.augment if epoch <= 0.9 * args.epochs else 0.0
+            share = args.augment if epoch <= 0.8 * args.epochs else 0.0
             batches = (augment(images, share) for images in run.track(train))
             running, val_neg_elbo = run_epoch(model, (batches, val), optimizer,
                                               schedule=schedule, bf16=bf16)

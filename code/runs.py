@@ -97,16 +97,16 @@ def whole_number(least: int) -> Callable[[str], int]:
     return parse
 
 
-def number(least: float = 0.0, below: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a number in [least, below)."""
+def number(least: float, most: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite number from `least` to `most`."""
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not least <= value < below:
-            raise argparse.ArgumentTypeError(
-                f'expected a number ≥ {least:g} and < {below:g}, got {text!r}')
+        if not (least <= value <= most and math.isfinite(value)):
+            bounds = f'≥ {least:g}' + (f' and ≤ {most:g}' if most < math.inf else '')
+            raise argparse.ArgumentTypeError(f'expected a number {bounds}, got {text!r}')
         return value
     return parse
 
