@@ -240,9 +240,10 @@ def save_elbo_plot(train_curve: list[float], val_curve: list[float], filename: P
     """The lower bound (not its negative) over epochs, from the untrained network on; in nats."""
     curves = {'training': [-value for value in train_curve],
               'validation': [-value for value in val_curve]}
+    start = max(1, len(val_curve) // 10)
     panels = [{'ylabel': 'lower bound on log p(x), nats', 'curves': curves,
                'references': {'784 · log ½': -PIXELS * math.log(2)}},
-              {'ylabel': 'the same, from epoch 1', 'curves': curves, 'start': 1}]
+              {'ylabel': f'the same, from epoch {start}', 'curves': curves, 'start': start}]
     figures.save_curves(filename, list(range(len(val_curve))), panels)
 
 
@@ -352,9 +353,10 @@ def main(args: argparse.Namespace) -> None:
 
     model.eval()
     with torch.no_grad():
-        images = test.images[:10].float()
+        images = test.images[::max(1, len(test.images) // 10)][:10].float()  # sorted by class
         reconstructions = model.decoder(model.encoder(images)[0])
-    save_images(run.path('reconstructions.png'), torch.cat([images, reconstructions]), columns=10)
+    save_images(run.path('reconstructions.png'), torch.cat([images, reconstructions]),
+                columns=len(images))
     save_elbo_plot([row['train_neg_elbo_nats'] for row in run.rows],
                    [row['val_neg_elbo_nats'] for row in run.rows], run.path('elbo.pdf'))
 

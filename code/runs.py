@@ -193,6 +193,11 @@ def run_name(prefix: str, parser: Parser, args: argparse.Namespace, told: tuple[
     return '_'.join(words + ['digits'] * (source['dataset'] == 'digits'))
 
 
+def from_root(path: Path) -> str:
+    """The path as seen from the project's root if it is inside, so that config.json can move."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
 def hardware(device: torch.device) -> str:
     """The processor's name and the threads used, or the accelerator's name."""
     if device.type == 'cuda':
@@ -238,7 +243,7 @@ class Run:
         self.config = {
             'script': Path(script).stem,
             'script_sha256': hashlib.sha256(Path(script).read_bytes()).hexdigest(),
-            'arguments': {name: str(value) if isinstance(value, Path) else value
+            'arguments': {name: from_root(value) if isinstance(value, Path) else value
                           for name, value in vars(args).items()},
             'data': source, 'device': str(device), 'hardware': hardware(device),
             'versions': {'python': platform.python_version(), 'torch': torch.__version__,

@@ -25,7 +25,7 @@ def build_parser() -> runs.Parser:
     parser.add_argument('--epochs', type=runs.whole_number(1), default=4)
     parser.add_argument('--n_layers', type=runs.whole_number(1), default=3)
     parser.add_argument('--lr', type=runs.number(0), default=1e-3)
-    parser.add_argument('--dropout', type=runs.number(0, below=1), default=0.1)
+    parser.add_argument('--share', type=runs.number(0, 1), default=0.1)
     parser.add_argument('--told', type=runs.whole_number(1), default=20)
     parser.add_shared_arguments()
     return parser
@@ -115,7 +115,7 @@ BAD_VALUES = [(flag, value)
               for flag, values in {
                   '--seed': ['-1', '1.5', 'one', '', '1e3'], '--epochs': ['0', '-3', '2.', 'nan'],
                   '--sample': ['0', '-1', 'x'], '--lr': ['-1', 'nan', 'inf', 'fast', ''],
-                  '--dropout': ['1', '-0.1', '2'], '--dataset': ['cifar', '']}.items()
+                  '--share': ['1.1', '-0.1', '2'], '--dataset': ['cifar', '']}.items()
               for value in values]
 
 
