@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent  # the project's folder, where default paths start
 CHECKPOINT_FORMAT = 1
-# Arguments that change no result: two runs may differ in them and still be the same run.
-NEUTRAL = ('data_dir', 'results_dir', 'run', 'device', 'dataset', 'resume', 'dry_run', 'sample')
+# Arguments that are not part of what a run is (the device is, as it was picked).
+NEUTRAL = ('device', 'data_dir', 'results_dir', 'run', 'dataset', 'resume', 'dry_run', 'sample')
 OWN_FILES = ('.json', '.csv', '.pt', '.png', '.pdf', '.tmp')  # what a run leaves in its folder
 
 
@@ -72,7 +72,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: list[str] | None = None, namespace: Any = None):
         words = sys.argv[1:] if args is None else args
-        return super().parse_args([underscored(word) for word in words], namespace)
+        parsed = super().parse_args([underscored(word) for word in words], namespace)
+        if parsed.sample and (parsed.dry_run or parsed.resume):
+            self.error('--sample only draws: leave out --dry_run and --resume')
+        return parsed
 
     def error(self, message: str):
         if message.startswith('unrecognized arguments: --'):
@@ -128,7 +131,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     """Whether the device multiplies matrices faster in bfloat16 than in float32, by its kind."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    features = torch.cpu.get_capabilities() if device.type == 'cpu' else {}
+    features = getattr(torch.cpu, 'get_capabilities', dict)() if device.type == 'cpu' else {}
     return bool(features.get('avx512_bf16') or features.get('amx_bf16'))
 
 
@@ -139,8 +142,9 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         main(args)
     except KeyboardInterrupt:
         words = [word for word in sys.argv if word != '--resume']
-        print(f'\n{script}: interrupted; go on with: python {shlex.join(words)} --resume',
-              file=sys.stderr)
+        print(f'\n{script}: interrupted' + (
+            '' if args.dry_run or args.sample else
+            f'; go on with: python {shlex.join(words)} --resume'), file=sys.stderr)
         sys.exit(130)
     except (RunError, OSError) as error:
         print(f'{script}: error: {" ".join(str(error).split())}', file=sys.stderr)
@@ -195,7 +199,8 @@ def run_name(prefix: str, parser: Parser, args: argparse.Namespace, told: tuple[
 
 def from_root(path: Path) -> str:
     """The path as seen from the project's root if it is inside, so that config.json can move."""
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    path = path.absolute()
+    return os.path.relpath(path, ROOT) if path.is_relative_to(ROOT.parent) else str(path)
 
 
 def hardware(device: torch.device) -> str:
@@ -255,11 +260,17 @@ class Run:
         """The path of a file of this run."""
         return self.folder / name
 
-    def load(self) -> None:
-        """Read the checkpoint into `parts` and `rows`. Raises RunError where it does not fit."""
+    def load(self, *alike: str) -> None:
+        """Read the checkpoint into `parts` and `rows`. Raises RunError where it does not fit.
+
+        Args:
+            alike: arguments that must be as they were, since no tensor's shape tells them.
+        """
         path = self.path('checkpoint.pt')
         if not path.is_file():
             raise RunError(f'{path} does not exist: train this run first')
+        if alike:
+            self.refuse_differences(*alike)
         try:
             saved = torch.load(path, map_location='cpu', weights_only=True)
             if saved['format'] != CHECKPOINT_FORMAT:
@@ -274,7 +285,7 @@ class Run:
         except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError,
                 AttributeError) as error:
             reason = ('more than tensors and numbers' if isinstance(error, pickle.UnpicklingError)
-                      else (str(error).strip() or type(error).__name__).splitlines()[0])
+                      else ' '.join(str(error).split()) or type(error).__name__)
             raise RunError(f'{path} is damaged or of another model: {reason}') from None
 
     def begin(self, batches: int) -> bool:
@@ -296,12 +307,10 @@ class Run:
             self.load()
             print(f'{self.folder}: going on after epoch {self.rows[-1]["epoch"]}')
         else:
+            if self.args.resume:
+                print(f'{self.folder}: no checkpoint to resume from, starting anew')
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.path('metrics.json').unlink(missing_ok=True)
-            if self.path('config.json').is_file():  # an earlier run's files would pass for ours
-                for path in sorted(self.folder.iterdir()):
-                    if path.suffix in OWN_FILES and path.is_file():
-                        path.unlink()
+            self.clear()
             print(f'{self.folder}: {"dry run" if self.args.dry_run else "new run"} '
                   f'on {self.config["device"]}, {self.config["data"]["description"]}')
         write_atomic(self.path('config.json'), json.dumps(self.config, indent=2) + '\n')
@@ -309,18 +318,38 @@ class Run:
                         initial=max(0, len(self.rows) - 1) * batches, unit='batch', leave=False)
         return True
 
-    def refuse_differences(self) -> None:
-        """Raise RunError where the run in the folder had other arguments or other data."""
+    def clear(self) -> None:
+        """Remove what an earlier run left here: its figures would pass for this one's."""
+        path = self.path('config.json')
+        if path.is_file():
+            try:
+                script = json.loads(path.read_text())['script']
+            except (ValueError, KeyError, TypeError):
+                script = 'something else'
+            if script != self.config['script']:
+                raise RunError(f'{self.folder} holds files of {script}: choose another --run')
+            for path in self.folder.iterdir():
+                if path.suffix in OWN_FILES and path.is_file():
+                    path.unlink()
+        self.path('metrics.json').unlink(missing_ok=True)
+
+    def refuse_differences(self, *only: str) -> None:
+        """Raise RunError where the run in the folder had other arguments, device or data.
+
+        Args:
+            only: the arguments to compare; all that change a result, if none are named.
+        """
         path = self.path('config.json')
         try:
-            saved = json.loads(path.read_text())
-            before = saved['arguments'] | {'data': saved['data']['sha256']}
-        except (ValueError, KeyError, TypeError) as error:
+            before, now = (
+                {name: value for name, value in config['arguments'].items() if name not in NEUTRAL}
+                | {'device': config['device']} | config['data']['sha256']
+                for config in (json.loads(path.read_text()), self.config))
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f'{path} is not the config of a run: {error}') from None
-        now = self.config['arguments'] | {'data': self.config['data']['sha256']}
-        for name in [name for name in now | before if name not in NEUTRAL]:
+        for name in only or now | before:
             if before.get(name) != now.get(name):
-                raise RunError(f'cannot resume {self.folder}: {name} was {before.get(name)}, '
+                raise RunError(f'{self.folder} is another run: {name} was {before.get(name)}, '
                                f'is now {now.get(name)}')
 
     def epochs(self) -> Iterator[int]:
@@ -335,16 +364,17 @@ class Run:
             yield batch
             self.bar.update()
 
-    def end_epoch(self, row: dict) -> None:
-        """Write the epoch's row (which has `epoch` and `seconds`) to the log, and a checkpoint.
-
-        Raises RunError, with the last checkpoint left as it was, where a number is not finite.
-        """
-        epoch = row['epoch']
+    def check_finite(self, row: dict) -> None:
+        """Raise RunError, with exit status 1, where a number of the epoch's row is not finite."""
         for name, value in row.items():
             if value is not None and not math.isfinite(value):
-                raise RunError(f'{name} is {value} after epoch {epoch}; '
-                               f'{self.path("checkpoint.pt")} is of epoch {epoch - 1}', status=1)
+                kept = (f'{self.path("checkpoint.pt")} is of epoch {row["epoch"] - 1}'
+                        if self.rows else 'there is no checkpoint yet')
+                raise RunError(f'{name} is {value} after epoch {row["epoch"]}; {kept}', status=1)
+
+    def end_epoch(self, row: dict) -> None:
+        """Write the epoch's row (which has `epoch` and `seconds`) to the log, and a checkpoint."""
+        self.check_finite(row)
         self.rows.append(row)
         content = io.BytesIO()
         torch.save({'format': CHECKPOINT_FORMAT, 'script': self.config['script'],
@@ -356,7 +386,7 @@ class Run:
         figures = [f'{name} {value:.2f}' for name, value in row.items()
                    if name != 'epoch' and value is not None]
         if self.bar.disable:
-            print(f'epoch {epoch}/{self.args.epochs}  ' + '  '.join(figures), flush=True)
+            print(f'epoch {row["epoch"]}/{self.args.epochs}  ' + '  '.join(figures), flush=True)
         else:
             self.bar.set_postfix_str(', '.join(figures))
 

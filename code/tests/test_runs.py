@@ -193,7 +193,7 @@ def test_launch_tells_what_a_user_can_mend_in_one_line(capsys, monkeypatch, erro
         raise error
     monkeypatch.setattr('sys.argv', ['script.py', '--resume', '--lr', '1'])
     with pytest.raises(SystemExit, match=f'^{status}$'):
-        runs.launch(main, argparse.Namespace())
+        runs.launch(main, argparse.Namespace(dry_run=False, sample=None))
     message = capsys.readouterr().err
     assert message.endswith(line) and message.lstrip('\n').count('\n') == 1
 
@@ -297,7 +297,7 @@ def test_a_dry_run_writes_elsewhere(tmp_path, monkeypatch):
     (['--lr', '0.5'], SOURCE, 'lr was 0.001, is now 0.5'),
     (['--seed', '7'], SOURCE, 'seed was 42, is now 7'),
     (['--epochs', '9'], SOURCE, 'epochs was 4, is now 9'),
-    ([], SOURCE | {'sha256': {'a file': 'of another'}}, 'data was')])
+    ([], SOURCE | {'sha256': {'a file': 'of another'}}, 'a file was')])
 def test_resuming_with_a_difference_is_refused_and_named(tmp_path, words, source, name):
     train(make_run(tmp_path), until=1)
     before = contents(tmp_path / 'a_run')
@@ -437,3 +437,27 @@ def test_a_figure_is_the_same_bytes_each_time_and_carries_no_date(tmp_path, monk
     save(tmp_path / 'a')
     assert contents(tmp_path) == first
     assert not any(b'CreationDate' in content for content in first.values())
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    folder = tmp_path / 'a_run'
+    folder.mkdir()
+    (folder / 'config.json').write_text('{"name": "a project of the user"}')
+    (folder / 'holiday.png').write_bytes(b'a picture')
+    before = contents(folder)
+    with pytest.raises(runs.RunError, match='something else'):
+        train(make_run(tmp_path))
+    assert contents(folder) == before
+
+
+def test_resuming_where_nothing_is_starts_anew_and_says_so(tmp_path, capsys):
+    train(make_run(tmp_path, '--resume'))
+    assert 'no checkpoint to resume from' in capsys.readouterr().out
+    assert 'metrics.json' in contents(tmp_path / 'a_run')
+
+
+@pytest.mark.parametrize('other', ['--dry_run', '--resume'])
+def test_sampling_goes_alone(capsys, other):
+    with pytest.raises(SystemExit, match='^2$'):
+        build_parser().parse_args(['--sample', '3', other])
+    assert capsys.readouterr().err.count('\n') == 1

@@ -28,9 +28,10 @@ FIXED_METRICS = {'val_neg_elbo_nats', 'test_neg_elbo_nats', 'test_nll_nats', 'se
 
 def expected_files(epochs: list[int], zdim: int) -> set[str]:
     each = ['samples_epoch{:02d}_draws.png', 'samples_epoch{:02d}_means.png']
-    each += ['manifold_epoch{:02d}.png'] * (zdim == 2)
+    manifolds = [f'manifold_epoch{epoch:02d}.png' for epoch in epochs[::2] if zdim == 2]
     return {'config.json', 'log.csv', 'checkpoint.pt', 'metrics.json', 'elbo.pdf', 'elbo.csv',
-            'reconstructions.png', *(name.format(epoch) for name in each for epoch in epochs)}
+            'reconstructions.png', *manifolds,
+            *(name.format(epoch) for name in each for epoch in epochs)}
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
@@ -170,7 +171,7 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(afterwards):
 
 def test_resuming_with_another_argument_is_refused(afterwards):
     done, before, after = afterwards['differ']
-    assert_one_line(done, r'cannot resume .*: lr was .*, is now 0\.123')
+    assert_one_line(done, r'is another run: lr was .*, is now 0\.123')
     assert after == before
 
 
@@ -187,6 +188,19 @@ def test_sampling_a_run_that_is_not_there_is_one_line(tmp_path, run_script):
                       fewer_digits=True)
     assert_one_line(done, 'train this run first')
     assert not (tmp_path / 'none').exists()
+
+
+def test_sampling_with_other_layers_is_refused_though_the_tensors_would_fit(finished, run_script):
+    done = run_script('a3_vae.py', *TWO, '--results_dir', finished[0].parent, '--skip', 'yes',
+                      '--sample', 3, fewer_digits=True)
+    assert_one_line(done, 'skip was no, is now yes')
+
+
+def test_divergence_ends_with_status_1_and_one_line(tmp_path, run_script):
+    done = run_script('a3_vae.py', *TINY, '--epochs', 1, '--lr', 1e20, '--results_dir', tmp_path,
+                      fewer_digits=True)
+    assert done.returncode == 1 and done.stderr.count('\n') == 1
+    assert re.search(r'is (nan|inf) after epoch 1; .*checkpoint.pt is of epoch 0', done.stderr)
 
 
 def test_one_epoch_and_one_dimension_are_enough(tmp_path, run_script):
