@@ -47,8 +47,8 @@ def save_curves(filename: Path | str, x: list[float], panels: list[dict],
                           linestyle=dash, label=label, marker='.' if len(shown) < 4 else None)
             for label, height in panel.get('references', {}).items():
                 axes.axhline(height, color='0.4', linewidth=0.8, linestyle=':')
-                axes.annotate(label, (0.98, height), xycoords=('axes fraction', 'data'),
-                              ha='right', va='bottom', color='0.3')
+                axes.annotate(label, (1.01, height), xycoords=('axes fraction', 'data'),
+                              va='center', color='0.3')  # beside the axes: no curve is there
             axes.set_xlabel(xlabel)
             axes.set_ylabel(panel['ylabel'])
             axes.xaxis.get_major_locator().set_params(integer=True)

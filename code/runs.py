@@ -30,7 +30,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent  # the project's folder, where default paths start
 CHECKPOINT_FORMAT = 1
 # Arguments that are not part of what a run is (the device is, as it was picked).
-NEUTRAL = ('device', 'data_dir', 'results_dir', 'run', 'dataset', 'resume', 'dry_run', 'sample')
+NEUTRAL = ('device', 'data_dir', 'results_dir', 'run', 'dataset', 'resume', 'dry_run', 'sample',
+           'save_interval')
 OWN_FILES = ('.json', '.csv', '.pt', '.png', '.pdf', '.tmp')  # what a run leaves in its folder
 
 

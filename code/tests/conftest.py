@@ -1,9 +1,10 @@
 """What the tests share: one thread, scripts started as a user starts them, runs to compare."""
 
-import csv
 import hashlib
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,14 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-CODE = Path(__file__).resolve().parents[1]
+import runs
+from datasets import digits
+from helpers import CODE, read_csv
 
 # The script as it is, on fewer of the shipped digits: the same path in a fifth of the time.
-ON_FEWER_DIGITS = """
+FEWER_DIGITS = (600, 200, 100)
+ON_FEWER_DIGITS = f"""
 import runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
 from datasets import digits
-digits.SIZES = (600, 200, 100)
+digits.SIZES = {FEWER_DIGITS}
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
@@ -58,6 +62,29 @@ def run_script(start_script: Callable) -> Callable[..., subprocess.CompletedProc
     return run
 
 
+@pytest.fixture
+def run_here(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
+    """`run_script` on fewer digits in this process, for what needs none of its own: it is fast."""
+    monkeypatch.setattr(digits, 'SIZES', FEWER_DIGITS)
+
+    def run(script: str, *words: object) -> subprocess.CompletedProcess:
+        module = importlib.import_module(Path(script).stem)
+        monkeypatch.setattr(sys, 'argv', [script, *map(str, words)])
+        status = 0
+        try:
+            runs.launch(module.main, module.parse_args())
+        except SystemExit as end:
+            status = end.code
+        return subprocess.CompletedProcess((script, *words), status, *capsys.readouterr())
+    return run
+
+
+@pytest.fixture
+def copied(finished: tuple, tmp_path: Path) -> Path:
+    """A copy of the folder of the module's finished run, alone in its results folder."""
+    return Path(shutil.copytree(finished[0], tmp_path / 'results' / finished[0].name))
+
+
 @pytest.fixture(scope='session')
 def read_run() -> Callable[[Path], dict]:
     """What is in a run's folder, by file, but for times, memory and paths: what a seed decides.
@@ -80,8 +107,7 @@ def read_run() -> Callable[[Path], dict]:
         if path.name == 'metrics.json':
             return plain(json.loads(path.read_text()))
         if path.name == 'log.csv':
-            with path.open() as file:
-                return plain(list(csv.DictReader(file)))
+            return plain(read_csv(path))
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
     def read(folder: Path) -> dict:

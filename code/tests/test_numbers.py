@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import a3_gan
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 NAME, DECIMAL = r'`(\w+)`', r'(?<![\w.])\d+\.\d+(?![\w.])'
@@ -79,8 +81,18 @@ def test_docstring_says_what_its_runs_measured(script):
             assert_measured(typed, run, metric)
 
 
-def test_the_ablations_start_from_the_default_run():
+def test_the_ablations_of_the_vae_start_from_the_default_run():
     first, *others = csv.DictReader(committed('ablations_vae.csv').splitlines())
     default = json.loads(committed('vae_z20/metrics.json'))
     assert float(first['val_neg_elbo_nats']) == default['val_neg_elbo_nats']
     assert len(others) >= 5 and all(set(row) == set(first) for row in others)
+
+
+def test_the_ablations_of_the_gan_change_flags_of_the_script_for_as_many_epochs():
+    first, *others = csv.DictReader(committed('ablations_gan.csv').splitlines())
+    default = a3_gan.parse_args(first['setting'].split())
+    assert len(others) >= 5
+    for row in others:
+        args = a3_gan.parse_args(row['setting'].split())
+        assert args.epochs == default.epochs and args != default
+        assert float(row['val_frechet']) > 0 and set(row) == set(first)
