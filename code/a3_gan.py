@@ -292,6 +292,22 @@ def sample(averaged: AveragedModel, z: Tensor) -> Tensor:
     return torch.cat([(averaged(rows) + 1) / 2 for rows in z.split(EVAL_BATCH)])
 
 
+def learning_rate(progress: float) -> float:
+    """As a factor: linear from 0 to 1 over the first fiftieth, then linear to 0."""
+    return min(50 * progress, (1 - progress) / 0.98)
+
+
+def warn(row: dict) -> None:
+    """Say in one line each that the epoch has diverged, or that the generator has collapsed."""
+    epoch, d_real, d_fake = row['epoch'], row['d_real'], row['d_fake']
+    if epoch > 0 and not PINNED <= min(d_real, d_fake) <= max(d_real, d_fake) <= 1 - PINNED:
+        print(f'WARNING: epoch {epoch} has diverged: the discriminator is pinned, with a mean '
+              f'D(x) of {d_real:.4f} and D(G(z)) of {d_fake:.4f}', file=sys.stderr)
+    if epoch > 0 and row['class_share_min'] == 0:
+        print(f'WARNING: epoch {epoch} has collapsed: a class is missing from the samples',
+              file=sys.stderr)
+
+
 # --- figures -------------------------------------------------------------------------------------
 
 
@@ -382,22 +398,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return build_parser().parse_args(argv)
 
 
-def learning_rate(progress: float) -> float:
-    """As a factor: linear from 0 to 1 over the first fiftieth, then linear to 0."""
-    return min(50 * progress, (1 - progress) / 0.98)
-
-
-def warn(row: dict) -> None:
-    """Say in one line each that the epoch has diverged, or that the generator has collapsed."""
-    epoch, d_real, d_fake = row['epoch'], row['d_real'], row['d_fake']
-    if epoch > 0 and not PINNED <= min(d_real, d_fake) <= max(d_real, d_fake) <= 1 - PINNED:
-        print(f'WARNING: epoch {epoch} has diverged: the discriminator is pinned, with a mean '
-              f'D(x) of {d_real:.4f} and D(G(z)) of {d_fake:.4f}', file=sys.stderr)
-    if epoch > 0 and row['class_share_min'] == 0:
-        print(f'WARNING: epoch {epoch} has collapsed: a class is missing from the samples',
-              file=sys.stderr)
-
-
 def main(args: argparse.Namespace) -> None:
     device = runs.pick_device(args.device)
     bf16 = args.precision == 'bf16' or args.precision == 'auto' and runs.has_fast_bf16(device)
@@ -469,8 +469,7 @@ def main(args: argparse.Namespace) -> None:
                'val_frechet': None, 'class_share_min': None}
         if epoch > 0:
             row |= train(watched(epoch), discriminator, generator, optimizer_G, optimizer_D,
-                         averaged, args.penalty, args.max_shift, bf16,
-                         schedules)
+                         averaged, args.penalty, args.max_shift, bf16, schedules)
         if epoch in checks:
             glance = val_judge.glance(sample(averaged, noise(n_judged, 'judged in training')))
             row |= {'val_frechet': glance['frechet'],
