@@ -9,7 +9,7 @@ D and G take turns, one step each a batch. To the recipe of the assignment's tem
 convolution next to the image in both networks, a running average of the generator's weights (the
 samples are from it), a penalty on the discriminator's gradient, small moves of real and generated
 images alike, and Adam with shorter averages and a higher learning rate that falls to 0: flags all,
-and `ablations_gan.csv` says what each buys. A digit classifier (`measures.py`) judges the samples,
+and `ablations_gan.csv` says what most buy. A digit classifier (`measures.py`) judges the samples,
 against validation images every tenth of the run, and against test images once, at the end.
 
     python code/a3_gan.py
