@@ -75,7 +75,7 @@ def test_docstring_says_what_its_runs_measured(script):
     parts = re.split(r'`(\w+)`:', measured)[1:]  # run, its claims, run, its claims …
     assert len(parts) >= 2
     for run, claims in zip(parts[::2], parts[1::2], strict=True):
-        found = re.findall(r'(\w+_\w+)\s+(\d+(?:\.\d+)?)', claims)
+        found = re.findall(r'([a-z]\w+)\s+(\d+(?:\.\d+)?)', claims)
         assert found and len(found) >= len(re.findall(DECIMAL, claims))
         for metric, typed in found:
             assert_measured(typed, run, metric)
