@@ -25,7 +25,7 @@ from runs import hardware, has_fast_bf16, seed_all, write_atomic
 
 N_CLASSES = 10
 N_FEATURES = 128
-SEED, EPOCHS = 42, 6  # of the classifier, whatever the run's: one yardstick for all
+SEED, EPOCHS = 42, 6  # of the classifier, whatever the run's: one recipe for all
 NEIGHBOURS = 5  # k of the manifolds, for all four measures
 ROWS = 1000  # at once through the classifier, and in a block of distances
 
