@@ -45,10 +45,15 @@ def save_curves(filename: Path | str, x: list[float], panels: list[dict],
                                                 strict=False):
                 axes.plot([x[j] for j in shown], [y[j] for j in shown], color=colour,
                           linestyle=dash, label=label, marker='.' if len(shown) < 4 else None)
-            for label, height in panel.get('references', {}).items():
+            references = sorted(panel.get('references', {}).items(), key=lambda item: item[1])
+            for _, height in references:
                 axes.axhline(height, color='0.4', linewidth=0.8, linestyle=':')
-                axes.annotate(label, (1.01, height), xycoords=('axes fraction', 'data'),
-                              va='center', color='0.3')  # beside the axes: no curve is there
+            line = 0.09 * np.ptp(axes.get_ylim())  # the height of a line of type
+            place = -np.inf
+            for label, height in references:  # beside the axes: no curve is there
+                place = max(height, place + line)
+                axes.annotate(label, (1.01, place), xycoords=('axes fraction', 'data'),
+                              va='center', color='0.3', annotation_clip=False)
             axes.set_xlabel(xlabel)
             axes.set_ylabel(panel['ylabel'])
             axes.xaxis.get_major_locator().set_params(integer=True)

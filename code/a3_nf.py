@@ -1,0 +1,631 @@
+r"""Normalizing flows on MNIST, after Dinh et al., Density Estimation using Real NVP (ICLR 2017,
+arXiv:1605.08803): an invertible map f from images to latents, whose density is known.
+
+    z = f(x)    log p(x) = log N(z; 0, I) + log |det ∂f/∂x|
+
+Pixels are whole numbers, 0 to 255. With noise u ~ U[0, 1)^784 added they have a density, whose
+expected logarithm bounds the likelihood of the image from below: log P(x) ≥ E_u log p(x + u)
+(Theis et al., A Note on the Evaluation of Generative Models, ICLR 2016, section 3.1).
+Training maximises it; −log p(x + u) / (784 log 2) is the figure, in bits per dimension.
+
+The flow of the assignment, `--arch mlp`, alternates affine couplings of the two colours of a
+checkerboard. The default, `multiscale`, goes from a coarse lattice of 7 × 7 pixels to ever finer
+ones. Each of its couplings maps the next pixels to latents by a piecewise-linear distribution
+function (Müller et al., Neural Importance Sampling, ACM ToG 2019) whose heights a small
+convolutional network reads off the pixels that are there already. Its corners are at whole pixel
+values, so density need not leak from the black background into the greys; and the network looks
+each pixel value up in a table of learned vectors, as language models do with words.
+
+    python code/a3_nf.py
+    python code/a3_nf.py --arch mlp
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import figures
+import runs
+from datasets.common import Loader
+from datasets.mnist import mnist
+
+PIXELS = 28 * 28
+ALPHA = 1e-6  # by which pixels are squeezed into (0, 1), away from both ends
+CELL = 4  # pixels; the multi-scale flow sees an image as 7 × 7 cells of so many rows and columns
+KNOTS = (0, 1, *range(8, 249, 8), *range(251, 257))  # of pixel values: black and white alone
+EVAL_BATCH = 500
+MAX_GRAD_NORM = 1.0  # of the gradient of the bits per dimension
+IW_DRAWS = 8  # of the dequantisation noise, for the importance-weighted bound
+COOL = 0.7  # the lower temperature of the samples
+N_DECODED = 1000  # test images that the round trip is tried on
+PUBLISHED = {  # test bits per dimension of flows; the last as given by Chen et al., 2019
+    'Real NVP': 1.06, 'Glow': 1.05, 'Residual Flow': 0.97}
+
+
+# --- mathematics ---------------------------------------------------------------------------------
+
+
+def log_prior(x: Tensor) -> Tensor:
+    """log N(x; 0, 1) = −½ (x² + log 2π) of each element, in nats. Shape: any, kept."""
+    return -0.5 * (x.square() + math.log(2 * math.pi))
+
+
+def sample_prior(size: tuple[int, ...], device: torch.device | str = 'cpu') -> Tensor:
+    """Standard normal latents of that shape."""
+    return torch.randn(size, device=device)
+
+
+def bits_per_dim(log_px: Tensor) -> Tensor:
+    """−log p(x) / (784 log 2), of log p(x) in nats. Shape: any, kept."""
+    return -log_px / (PIXELS * math.log(2))
+
+
+def get_mask() -> Tensor:
+    """A checkerboard of 28 × 28 pixels, (1, 784), with 1 in the corner (paper, figure 3)."""
+    i = torch.arange(28)
+    return ((i[:, None] + i) % 2 == 0).float().view(1, PIXELS)
+
+
+def dither_matrix(side: int) -> Tensor:
+    """Bayer's matrix: the ranks 0 … side² − 1 so placed that the first n are far from each other.
+
+    For side a power of two; M(2n) is [[4M, 4M + 2], [4M + 3, 4M + 1]] of M(n). Of the ranks of
+    M(8), each four that follow each other lie on a lattice of 4 × 4 pixels. Shape: (side, side).
+    """
+    matrix = torch.zeros(1, 1, dtype=torch.int64)
+    while len(matrix) < side:
+        four = 4 * matrix
+        matrix = torch.cat([torch.cat([four, four + 2], 1), torch.cat([four + 3, four + 1], 1)])
+    return matrix
+
+
+def to_latent(z: Tensor, log_p: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
+    """Φ⁻¹(F(σ(z))), F the piecewise-linear distribution function of a histogram, and log |slope|.
+
+    The result is standard normal where σ(z) has the histogram's density.
+
+    The latent does not pass on a gradient to log_p: the prior's density of it and the slope of
+    Φ⁻¹ cancel, so log p(x) has none to give.
+
+    Args:
+        z: logits, of any shape.
+        log_p: log-probabilities of the K bins, that shape and (K,); or to be broadcast to it.
+        edges: of the bins, (K + 1,), from 0 to 1.
+    """
+    u = torch.sigmoid(z)
+    k = torch.searchsorted(edges[1:-1], u.detach(), right=True)  # the bin
+    log_p = log_p.expand(*z.shape, -1)
+    log_p_k = log_p.gather(-1, k[..., None])[..., 0]
+    widths = edges.diff()
+    part = (u - edges[k]) / widths[k]
+    # Both tails by themselves, since 1 − F has no digits left where F is close to 1.
+    p, p_k = log_p.detach().exp(), log_p_k.detach().exp()
+    bins = torch.arange(len(widths), device=z.device)
+    below = (p * (bins < k[..., None])).sum(-1) + p_k * part
+    above = (p * (bins > k[..., None])).sum(-1) + p_k * (1 - part)
+    tail = torch.minimum(below, above).clamp(min=torch.finfo(z.dtype).tiny)
+    latent = torch.special.ndtri(tail) * torch.where(below <= above, 1, -1)
+    log_slope = log_p_k - widths.log()[k] - F.softplus(z) - F.softplus(-z) - log_prior(latent)
+    return latent, log_slope
+
+
+def from_latent(latent: Tensor, log_p: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `to_latent` in z, and its log |slope|; arguments and shapes as there."""
+    p = log_p.exp().expand(*latent.shape, -1)
+    below, above = torch.special.ndtr(latent), torch.special.ndtr(-latent)
+    low = F.pad(p.cumsum(-1), (1, 0))[..., :-1]  # what is below each bin, and above it
+    high = F.pad(p.flip(-1).cumsum(-1), (1, 0))[..., :-1].flip(-1)
+    left = below <= above
+    k = torch.where(left, (low[..., 1:] <= below[..., None]).sum(-1),
+                    (high[..., :-1] > above[..., None]).sum(-1))[..., None]
+    p_k = p.gather(-1, k)[..., 0]
+    part = torch.where(left, (below - low.gather(-1, k)[..., 0]) / p_k,
+                       1 - (above - high.gather(-1, k)[..., 0]) / p_k).clamp(0, 1)
+    k = k[..., 0]
+    tiny = torch.finfo(latent.dtype).eps / 2
+    z = torch.logit((edges[k] + edges.diff()[k] * part).clamp(tiny, 1 - tiny))
+    log_slope = (log_prior(latent) + edges.diff().log()[k] - p_k.log()
+                 + F.softplus(z) + F.softplus(-z))
+    return z, log_slope
+
+
+def path(start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """((1 − t) a + t b) / √((1 − t)² + t²): where a and b are independent standard normal vectors,
+    so is each point on it. Shapes: (D,) and (D,) to (steps + 2, D), both ends included."""
+    t = torch.linspace(0, 1, steps + 2, dtype=start.dtype, device=start.device)[:, None]
+    return ((1 - t) * start + t * end) / ((1 - t).square() + t.square()).sqrt()
+
+
+# --- model ---------------------------------------------------------------------------------------
+
+
+class Coupling(nn.Module):
+    """Affine coupling: the pixels where the mask is 0 are scaled and moved, as the others say.
+
+        z' = m ⊙ z + (1 − m) ⊙ (z ⊙ exp(s(m ⊙ z)) + t(m ⊙ z)),    s = tanh(·)
+
+    Paper, equation 9; the network is spared the zeros. Its last layer starts at zero: the map as
+    the identity. Shapes: mask (1, c_in), of 0 and 1.
+    """
+
+    def __init__(self, c_in: int, mask: Tensor, n_hidden: int = 1024):
+        super().__init__()
+        self.register_buffer('mask', mask)
+        self.register_buffer('kept', mask[0].nonzero()[:, 0], persistent=False)
+        self.register_buffer('changed', (1 - mask[0]).nonzero()[:, 0], persistent=False)
+        self.nn = nn.Sequential(nn.Linear(len(self.kept), n_hidden), nn.ReLU(),
+                                nn.Linear(n_hidden, n_hidden), nn.ReLU(),
+                                nn.Linear(n_hidden, 2 * (c_in - len(self.kept))))
+        nn.init.zeros_(self.nn[-1].weight)
+        nn.init.zeros_(self.nn[-1].bias)
+
+    def forward(self, z: Tensor, ldj: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+        """z (B, c_in) to z' and ldj + log |det ∂z'/∂z|, (B,); with `reverse`, back again."""
+        kept, old = z[:, self.kept], z[:, self.changed]
+        s, t = self.nn(kept.to(self.nn[0].weight.dtype)).to(z.dtype).chunk(2, dim=1)
+        log_scale = s.tanh()  # bounded: no layer can blow the density up by itself
+        if reverse:
+            new, ldj = (old - t) * (-log_scale).exp(), ldj - log_scale.sum(1)
+        else:
+            new, ldj = old * log_scale.exp() + t, ldj + log_scale.sum(1)
+        return z.index_copy(1, self.changed, new), ldj
+
+
+class Flow(nn.Module):
+    """The template's flow: affine couplings, in turn of one colour of the board and the other."""
+
+    def __init__(self, shape: Iterable[int], n_flows: int = 4, n_hidden: int = 1024):
+        super().__init__()
+        channels, = shape
+        mask = get_mask()
+        self.layers = nn.ModuleList(Coupling(channels, m, n_hidden)
+                                    for _ in range(n_flows) for m in (mask, 1 - mask))
+        self.z_shape = (channels,)
+
+    def forward(self, z: Tensor, ldj: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+        """(B, *z_shape) and (B,) through all layers, or back through them in reverse order."""
+        for layer in reversed(self.layers) if reverse else self.layers:
+            z, ldj = layer(z, ldj, reverse)
+        return z, ldj
+
+
+class HistogramCoupling(nn.Module):
+    """Maps the pixels of the ranks first … last − 1 to their latents, given those of lower rank.
+
+    Args:
+        embedding: of pixel values, shared by all couplings; where None they are numbers.
+        rank: of each pixel, (C, H, W); no channel has a lower rank in it than the one before.
+        first, last: of the pixels to map.
+        n_hidden, n_layers: channels, and residual layers, of the network.
+    """
+
+    def __init__(self, embedding: nn.Embedding | None, rank: Tensor, first: int, last: int,
+                 n_hidden: int = 64, n_layers: int = 1):
+        super().__init__()
+        self.embedding = embedding
+        target, known = (first <= rank) & (rank < last), rank < first
+        channels = target.any(2).any(1).nonzero()[:, 0].tolist()
+        self.channels = slice(channels[0], channels[-1] + 1)
+        self.n_known = int(known.any(2).any(1).sum())  # channels of which anything is known
+        self.register_buffer('target', target[self.channels], persistent=False)
+        self.register_buffer('known', known[self.n_known - 1], persistent=False)
+        edges = (1 - ALPHA) / 256 * torch.tensor(KNOTS) + ALPHA / 2
+        edges[0], edges[-1] = 0., 1.
+        self.register_buffer('edges', edges, persistent=False)
+        self.place = nn.Parameter(torch.zeros(n_hidden, *rank.shape[1:]))
+        if self.n_known:
+            n_inputs = self.n_known * (embedding.embedding_dim if embedding else 1)
+            self.look = nn.Conv2d(n_inputs, n_hidden, 3, padding=1, bias=False)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.SiLU(), nn.Conv2d(n_hidden, 2 * n_hidden, 1),
+                          nn.SiLU(), nn.Conv2d(2 * n_hidden, n_hidden, 1))
+            for _ in range(n_layers))
+        self.last = nn.Conv2d(n_hidden, len(channels) * (len(KNOTS) - 1), 1)
+        nn.init.zeros_(self.last.weight)
+        with torch.no_grad():
+            self.last.bias.copy_(edges.diff().log().repeat(len(channels)))
+
+    def log_p(self, embedded: tuple[Tensor, ...]) -> Tensor:
+        """Log-probabilities of the bins, before they are normalised: (B or 1, C', H, W, K)."""
+        h = self.place[None]
+        if self.n_known:
+            *seen, partly = embedded[:self.n_known]
+            h = self.look(torch.cat([*seen, partly * self.known], dim=1))
+            h = h + self.place.to(h.dtype)
+        for layer in self.layers:
+            h = h + layer(h)
+        return self.last(F.silu(h)).unflatten(1, (-1, len(KNOTS) - 1)).movedim(2, -1)
+
+    def forward(self, z: Tensor, ldj: Tensor, reverse: bool = False,
+                embedded: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor]:
+        """z (B, C, H, W) to z' and ldj + log |det ∂z'/∂z|, (B,); with `reverse`, back again.
+
+        Pixels of lower rank are logits. What is mapped is a logit on one side and a latent on the
+        other. `embedded` is z as `embed` gives it, where that is at hand.
+        """
+        if embedded is None:
+            embedded = embed(self.embedding, z[:, :self.n_known])
+        log_p = self.log_p(embedded).to(z.dtype).log_softmax(-1)
+        old = z[:, self.channels]
+        new, log_slope = (from_latent if reverse else to_latent)(old, log_p, self.edges.to(z))
+        new = torch.where(self.target, new, old)
+        z = torch.cat([z[:, :self.channels.start], new, z[:, self.channels.stop:]], dim=1)
+        return z, ldj + (log_slope * self.target).flatten(1).sum(1)
+
+
+def embed(embedding: nn.Embedding | None, z: Tensor) -> tuple[Tensor, ...]:
+    """What the networks see of logits (B, C, H, W): C tensors (B, D, H, W), vectors of D numbers
+    that stand for the pixels' values, floored; without an embedding, D = 1, a share of 256."""
+    share = (torch.sigmoid(z.detach()) - ALPHA / 2) / (1 - ALPHA)
+    if embedding is None:
+        return share.float()[:, :, None].unbind(1)
+    values = (share * 256).clamp(0, 255).long()
+    return embedding(values).permute(0, 1, 4, 2, 3).unbind(1)
+
+
+class MultiScaleFlow(nn.Module):
+    """Couplings from the finest lattice of pixels to the coarsest, each given all coarser ones.
+
+    An image is taken apart into channels, one for each place in a cell of 4 × 4 pixels, in the
+    order of a dither matrix: the first is a lattice of 7 × 7 pixels, the first four one of
+    14 × 14, all of them the image. Every channel has four ranks, again by a dither matrix. Back
+    from latents the lowest ranks come first, and each coupling doubles the pixels that are there.
+
+    Args:
+        n_hidden, n_layers: channels, and residual layers, of each coupling's network.
+        n_embedding: dimensions of the vector for a pixel's value; 0 for the value itself.
+        max_ranks: of the 64, that one coupling maps at most.
+    """
+
+    def __init__(self, n_hidden: int = 64, n_layers: int = 1, n_embedding: int = 8,
+                 max_ranks: int = 16):
+        super().__init__()
+        side = 28 // CELL
+        self.z_shape = (PIXELS,)
+        order = dither_matrix(CELL).flatten().argsort()
+        self.register_buffer('order', order, persistent=False)
+        self.register_buffer('back', order.argsort(), persistent=False)
+        self.embedding = nn.Embedding(256, n_embedding) if n_embedding else None
+        if n_embedding:
+            with torch.no_grad():  # neighbours are alike in one dimension from the start
+                self.embedding.weight[:, 0] = torch.linspace(-2, 2, 256)
+        cells = dither_matrix(2).repeat(4, 4)[:side, :side]
+        rank = torch.arange(CELL ** 2)[:, None, None] * 4 + cells  # (16, 7, 7)
+        layers, first = [], 0
+        while first < 64:
+            last = first + min(max(first, 1), max_ranks)
+            layers.append(HistogramCoupling(self.embedding, rank, first, min(last, 64), n_hidden,
+                                            n_layers))
+            first = last
+        self.layers = nn.ModuleList(reversed(layers))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, z: Tensor, ldj: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+        """(B, 784) and (B,) through all layers, or back through them in reverse order."""
+        z = F.pixel_unshuffle(z.view(-1, 1, 28, 28), CELL)[:, self.order]
+        if reverse:
+            for layer in reversed(self.layers):
+                z, ldj = layer(z, ldj, reverse=True)
+        else:
+            embedded = embed(self.embedding, z)  # for all layers: each sees untouched pixels only
+            for layer in self.layers:
+                z, ldj = layer(z, ldj, embedded=embedded)
+        return F.pixel_shuffle(z[:, self.back], CELL).flatten(1), ldj
+
+
+class Model(nn.Module):
+    """Images to log p(x), and back from latents to images.
+
+    Args:
+        shape: of an image, [784].
+        flow: from logits to latents; the template's where there is none.
+    """
+
+    def __init__(self, shape: Iterable[int], flow: nn.Module | None = None):
+        super().__init__()
+        self.flow = Flow(shape) if flow is None else flow
+
+    def dequantize(self, z: Tensor) -> Tensor:
+        """z + u, u ~ U[0, 1)."""
+        return z + torch.rand_like(z)
+
+    def logit_normalize(self, z: Tensor, logdet: Tensor, reverse: bool = False
+                        ) -> tuple[Tensor, Tensor]:
+        """z in [0, 256) to logit((1 − α) z / 256 + α / 2), or with `reverse` back.
+
+        log |det| = Σ log (1 − α) / 256 − log s − log(1 − s), s the squeezed value.
+        Shapes: (B, D) and (B,), kept.
+        """
+        D = z[0].numel()
+        constant = D * (math.log1p(-ALPHA) - math.log(256))
+        if not reverse:
+            s = (1 - ALPHA) / 256 * z + ALPHA / 2
+            return (torch.log(s) - torch.log1p(-s),
+                    logdet + constant - (torch.log(s) + torch.log1p(-s)).flatten(1).sum(1))
+        log_density = -(F.softplus(z) + F.softplus(-z)).flatten(1).sum(1)  # Σ log s (1 − s)
+        z = (torch.sigmoid(z) - ALPHA / 2) * (256 / (1 - ALPHA))
+        return z, logdet + log_density - constant
+
+    def encode(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Dequantised images (B, 784), in [0, 256), to latents and log |det|, (B,)."""
+        return self.flow(*self.logit_normalize(input, input.new_zeros(len(input))))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents to dequantised images, (B, 784) each."""
+        return self.logit_normalize(*self.flow(z, z.new_zeros(len(z)), reverse=True),
+                                    reverse=True)[0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Images (B, 784) of whole numbers, 0 to 255, to log p(x + u), (B,), in nats."""
+        z, ldj = self.encode(self.dequantize(input))
+        return log_prior(z).flatten(1).sum(1) + ldj
+
+    @torch.no_grad()
+    def sample(self, n_samples: int, temperature: float = 1.) -> Tensor:
+        """Images of z ~ N(0, temperature² I): (n_samples, 784) in [0, 256)."""
+        device = next(self.parameters()).device
+        return self.decode(temperature * sample_prior((n_samples, *self.flow.z_shape), device))
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def epoch_iter(model: Model, data: Iterable[tuple[Tensor, Tensor]],
+               optimizer: torch.optim.Optimizer | None = None,
+               schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+               bf16: bool = False) -> float:
+    """One pass over the data, with updates if the model is in training mode.
+
+    Args:
+        data: batches of images, (B, 784), whole numbers from 0 to 255, and labels.
+        optimizer, schedule: stepped after each batch, the gradient's norm at most MAX_GRAD_NORM;
+            needed for training only.
+        bf16: whether the networks compute in bfloat16 (the maps and densities never do).
+
+    Returns:
+        The average bits per dimension, each image with the same weight.
+    """
+    total, count = 0.0, 0
+    for images, _ in data:
+        with (torch.set_grad_enabled(model.training),
+              torch.autocast(images.device.type, torch.bfloat16, enabled=bf16)):
+            bpd = bits_per_dim(model(images)).mean()
+        if model.training:
+            optimizer.zero_grad()
+            bpd.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()
+        total = total + bpd.detach() * len(images)  # stays on the device: nothing waits
+        count += len(images)
+    return float(total / count)
+
+
+def moved(data: Iterable[tuple[Tensor, Tensor]], max_shift: int
+          ) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, each moved by up to so many pixels: a side's pixels enter at the other."""
+    for images, labels in data:
+        shift = tuple(torch.randint(-max_shift, max_shift + 1, (2,)).tolist())
+        yield images.view(-1, 28, 28).roll(shift, (1, 2)).view(-1, PIXELS), labels
+
+
+def run_epoch(model: Model, data: tuple[Iterable, Iterable], optimizer: torch.optim.Optimizer,
+              **options) -> tuple[float, float]:
+    """Train on the first data set, then evaluate on the second: `epoch_iter` of each."""
+    traindata, valdata = data
+    model.train()
+    train_bpd = epoch_iter(model, traindata, optimizer, **options)
+    model.eval()
+    val_bpd = epoch_iter(model, valdata, bf16=options.get('bf16', False))
+    return train_bpd, val_bpd
+
+
+@torch.no_grad()
+def importance_weighted_bpd(model: Model, data: Iterable[tuple[Tensor, Tensor]], draws: int
+                            ) -> float:
+    """−log₂ 1/K Σ_k p(x + u_k) / 784, u_k ~ U[0, 1), averaged over the images.
+
+    In expectation a bound of −log₂ P(x) / 784 that falls with K (Hoogeboom et al., Learning
+    Discrete Distributions by Dequantization, AABI 2021).
+    """
+    total, count = 0.0, 0
+    for images, _ in data:
+        log_px = torch.stack([model(images) for _ in range(draws)]).logsumexp(0) - math.log(draws)
+        total, count = total + bits_per_dim(log_px).sum(), count + len(images)
+    return float(total / count)
+
+
+@torch.no_grad()
+def roundtrip_errors(model: Model, data: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """How far decode(encode(x + u)) is from x + u, in grey levels, of 256, with float32 networks.
+
+    Returns:
+        The largest error of a pixel, where all maps compute in float64; and the share of images
+        with a pixel off by more than half a level, where they compute in float32. There an error
+        may move a pixel past a whole value, which changes what the networks see of it.
+    """
+    errors: dict[torch.dtype, list[Tensor]] = {torch.float64: [], torch.float32: []}
+    for images, _ in data:
+        for dtype in errors:
+            x = model.dequantize(images.to(dtype))
+            errors[dtype].append((model.decode(model.encode(x)[0]) - x).abs().amax(1))
+    return {'roundtrip_max_error': float(torch.cat(errors[torch.float64]).max()),
+            'roundtrip_share_off_float32':
+                float((torch.cat(errors[torch.float32]) > 0.5).float().mean())}
+
+
+def learning_rate(progress: float) -> float:
+    """As a factor: linear from 0 to 1 over the first hundredth, then linear to 0."""
+    return min(100 * progress, (1 - progress) / 0.99)
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def save_bpd_plot(train_curve: list[float], val_curve: list[float], filename: Path) -> None:
+    """Bits per dimension over epochs, from the untrained network on, with published marks."""
+    curves = {'training': train_curve, 'validation': val_curve}
+    start = max(1, len(val_curve) // 10)
+    panels = [{'ylabel': 'bits per dimension', 'curves': curves,
+               'references': {'asked for': 1.85}},
+              {'ylabel': f'the same, from epoch {start}', 'curves': curves, 'start': start,
+               'references': {'asked for': 1.85} if val_curve[-1] > 1.2 else PUBLISHED}]
+    figures.save_curves(filename, list(range(len(val_curve))), panels)
+
+
+def save_images(filename: Path, images: Tensor, columns: int) -> None:
+    """Rows of 784 dequantised pixels, 0 to 256, as a grid of images of whole grey values."""
+    images = images.nan_to_num().clamp(0, 255).floor().view(-1, 28, 28) / 255
+    figures.save_grid(filename, images.cpu().numpy(), columns)
+
+
+def save_snapshot(model: Model, run: runs.Run, epoch: int) -> None:
+    """25 samples from the same noise each time, at two temperatures."""
+    model.eval()
+    for temperature, kind in ((1., 'samples'), (COOL, 'cool')):
+        runs.seed_all(run.args.seed, 'samples')
+        save_images(run.path(f'{kind}_epoch{epoch:02d}.png'), model.sample(25, temperature),
+                    columns=5)
+
+
+@torch.no_grad()
+def save_interpolations(model: Model, images: Tensor, labels: Tensor, run: runs.Run) -> None:
+    """Rows of nine: from an image of one class to one of another, by `path` in latent space.
+
+    The ends are the first image of each class that occurs, two a row, decoded again.
+    """
+    first = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()])
+    z, _ = model.encode(model.dequantize(images[first].float()))
+    rows = [path(start, end, steps=7) for start, end in zip(z[::2], z[1::2], strict=False)]
+    save_images(run.path('interpolations.png'), model.decode(torch.cat(rows)), columns=9)
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+def build_parser() -> runs.Parser:
+    parser = runs.Parser(__doc__)
+    add = parser.add_argument
+    add('--epochs', type=runs.whole_number(1), default=40, help='default: 40')
+    add('--arch', choices=('multiscale', 'mlp'), default='multiscale',
+        help="of the flow: coarse to fine, or the template's (default: multiscale)")
+    add('--n_hidden', type=runs.whole_number(1),
+        help="of each coupling's network: channels of multiscale, units of mlp "
+             '(default: 64, of mlp 1024)')
+    add('--n_layers', type=runs.whole_number(0), default=1,
+        help="residual layers of each coupling's network, multiscale only (default: 1)")
+    add('--n_flows', type=runs.whole_number(1), default=4,
+        help='pairs of couplings, mlp only (default: 4)')
+    add('--n_embedding', type=runs.whole_number(0), default=8,
+        help="dimensions of the vector that stands for a pixel's value, multiscale only; 0: the "
+             'value itself (default: 8)')
+    add('--max_ranks', type=runs.whole_number(1), default=16,
+        help='of the 64, that a coupling maps at most, multiscale only: fewer are better and '
+             'slower (default: 16)')
+    add('--max_shift', type=runs.whole_number(0), choices=(0, 1, 2), default=1,
+        help='pixels by which training images are moved at most, but for the last fifth of the '
+             'epochs (default: 1)')
+    add('--batch_size', type=runs.whole_number(1), default=128, help='default: 128')
+    add('--lr', type=runs.number(0), help='at its highest (default: 1.2e-2, of mlp 1e-3)')
+    add('--precision', choices=('auto', 'bf16', 'fp32'), default='auto',
+        help='of the networks in training; auto: bf16 where the hardware has it')
+    parser.add_shared_arguments()
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    return build_parser().parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    device = runs.pick_device(args.device)
+    bf16 = args.precision == 'bf16' or args.precision == 'auto' and runs.has_fast_bf16(device)
+    download = not (args.dry_run or args.sample)
+    train, val, test = mnist(args.data_dir, args.batch_size, download, args.dataset, device)
+    prefix = 'nf_mlp' if args.arch == 'mlp' else 'nf'
+    name = runs.run_name(prefix, build_parser(), args, ('arch',), train.source)
+    args.n_hidden = args.n_hidden or (1024 if args.arch == 'mlp' else 64)
+    args.lr = args.lr if args.lr is not None else 1e-3 if args.arch == 'mlp' else 1.2e-2
+    args.precision = 'bf16' if bf16 else 'fp32'
+    if args.dry_run:
+        args.epochs = 2
+        train, val, test = (loader.head(3 * args.batch_size) for loader in (train, val, test))
+    curve_train, val, test = (loader.head(10_000, EVAL_BATCH) for loader in (train, val, test))
+
+    runs.seed_all(args.seed, 'weights')
+    flow = (Flow([PIXELS], args.n_flows, args.n_hidden) if args.arch == 'mlp' else
+            MultiScaleFlow(args.n_hidden, args.n_layers, args.n_embedding, args.max_ranks))
+    model = Model([PIXELS], flow).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, (0.9, 0.99), fused=True)
+    steps = args.epochs * len(train)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate((step + 1) / (steps + 1)))
+    run = runs.Run(__file__, args, name, train.source, device,
+                   {'model': model, 'optimizer': optimizer, 'schedule': schedule})
+
+    if args.sample:
+        run.load('arch', 'n_hidden', 'n_layers', 'n_embedding', 'max_ranks', 'n_flows')
+        model.eval()
+        runs.seed_all(args.seed, f'{args.sample} samples')
+        save_images(run.path('sample.png'), model.sample(args.sample),
+                    columns=math.ceil(math.sqrt(args.sample)))
+        print(run.path('sample.png'))
+        return
+
+    if not run.begin(len(train)):
+        return
+    snapshots = {0, 1} | {round(share * args.epochs) for share in (0.325, 0.5, 0.65, 1)}
+
+    def evaluated(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of the loader, to be dequantised with the same noise each time."""
+        runs.seed_all(args.seed, 'dequantised')
+        yield from loader
+
+    for epoch in run.epochs():
+        start = time.perf_counter()
+        if epoch == 0:
+            running, val_bpd = None, epoch_iter(model.eval(), evaluated(val), bf16=bf16)
+        else:
+            shift = args.max_shift if epoch <= 0.8 * args.epochs else 0
+            running, val_bpd = run_epoch(
+                model, (moved(run.track(train), shift), evaluated(val)), optimizer,
+                schedule=schedule, bf16=bf16)
+        train_bpd = epoch_iter(model, evaluated(curve_train), bf16=bf16)
+        seconds = time.perf_counter() - start
+        row = {'epoch': epoch, 'train_bpd': train_bpd, 'val_bpd': val_bpd,
+               'running_bpd': running, 'seconds': seconds}
+        run.check_finite(row)  # before NaN is drawn
+        if epoch in snapshots:
+            save_snapshot(model, run, epoch)
+        run.end_epoch(row)
+
+    save_bpd_plot([row['train_bpd'] for row in run.rows], [row['val_bpd'] for row in run.rows],
+                  run.path('bpd.pdf'))
+    save_interpolations(model, test.images, test.labels, run)
+    start = time.perf_counter()
+    runs.seed_all(args.seed, 'test')  # in float32 from here on
+    model.sample(100)  # the first call is slower
+    sample_start = time.perf_counter()
+    model.sample(100)
+    sample_seconds = time.perf_counter() - sample_start
+    run.finish({
+        'val_bpd': epoch_iter(model, evaluated(val)),
+        'test_bpd': epoch_iter(model, test),
+        'test_bpd_iw': importance_weighted_bpd(model, test, IW_DRAWS),
+        'iw_draws': IW_DRAWS,
+        **roundtrip_errors(model, test.head(N_DECODED)),
+        'sample_seconds_per_100': sample_seconds,
+        'parameters': sum(parameter.numel() for parameter in model.parameters()),
+        'test_minutes': (time.perf_counter() - start) / 60,
+    })
+
+
+if __name__ == '__main__':
+    runs.launch(main, parse_args())
