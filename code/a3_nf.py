@@ -39,7 +39,7 @@ PIXELS = 28 * 28
 ALPHA = 1e-6  # by which pixels are squeezed into (0, 1), away from both ends
 CELL = 4  # pixels; the multi-scale flow sees an image as 7 × 7 cells of so many rows and columns
 KNOTS = (0, 1, *range(8, 249, 8), *range(251, 257))  # of pixel values: black and white alone
-EVAL_BATCH = 500
+EVAL_BATCH = 250
 MAX_GRAD_NORM = 1.0  # of the gradient of the bits per dimension
 IW_DRAWS = 8  # of the dequantisation noise, for the importance-weighted bound
 COOL = 0.7  # the lower temperature of the samples
@@ -104,35 +104,31 @@ def to_latent(z: Tensor, log_p: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
     log_p_k = log_p.gather(-1, k[..., None])[..., 0]
     widths = edges.diff()
     part = (u - edges[k]) / widths[k]
-    # Both tails by themselves, since 1 − F has no digits left where F is close to 1.
-    p, p_k = log_p.detach().exp(), log_p_k.detach().exp()
-    bins = torch.arange(len(widths), device=z.device)
-    below = (p * (bins < k[..., None])).sum(-1) + p_k * part
-    above = (p * (bins > k[..., None])).sum(-1) + p_k * (1 - part)
-    tail = torch.minimum(below, above).clamp(min=torch.finfo(z.dtype).tiny)
-    latent = torch.special.ndtri(tail) * torch.where(below <= above, 1, -1)
+    F_right = log_p.detach().exp().cumsum(-1).gather(-1, k[..., None])[..., 0]
+    F_u = F_right - log_p_k.detach().exp() * (1 - part)
+    latent = torch.special.ndtri(inside(F_u))
     log_slope = log_p_k - widths.log()[k] - F.softplus(z) - F.softplus(-z) - log_prior(latent)
     return latent, log_slope
 
 
 def from_latent(latent: Tensor, log_p: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse of `to_latent` in z, and its log |slope|; arguments and shapes as there."""
-    p = log_p.exp().expand(*latent.shape, -1)
-    below, above = torch.special.ndtr(latent), torch.special.ndtr(-latent)
-    low = F.pad(p.cumsum(-1), (1, 0))[..., :-1]  # what is below each bin, and above it
-    high = F.pad(p.flip(-1).cumsum(-1), (1, 0))[..., :-1].flip(-1)
-    left = below <= above
-    k = torch.where(left, (low[..., 1:] <= below[..., None]).sum(-1),
-                    (high[..., :-1] > above[..., None]).sum(-1))[..., None]
-    p_k = p.gather(-1, k)[..., 0]
-    part = torch.where(left, (below - low.gather(-1, k)[..., 0]) / p_k,
-                       1 - (above - high.gather(-1, k)[..., 0]) / p_k).clamp(0, 1)
-    k = k[..., 0]
-    tiny = torch.finfo(latent.dtype).eps / 2
-    z = torch.logit((edges[k] + edges.diff()[k] * part).clamp(tiny, 1 - tiny))
-    log_slope = (log_prior(latent) + edges.diff().log()[k] - p_k.log()
-                 + F.softplus(z) + F.softplus(-z))
+    log_p = log_p.expand(*latent.shape, -1)
+    F_u, F_right = torch.special.ndtr(latent), log_p.exp().cumsum(-1)
+    k = (F_right[..., :-1] <= F_u[..., None]).sum(-1)
+    log_p_k = log_p.gather(-1, k[..., None])[..., 0]
+    F_right = F_right.gather(-1, k[..., None])[..., 0]
+    part = 1 - ((F_right - F_u) / inside(log_p_k.exp())).clamp(0, 1)
+    widths = edges.diff()
+    z = torch.logit(inside(edges[k] + widths[k] * part))
+    log_slope = widths.log()[k] - log_p_k + F.softplus(z) + F.softplus(-z) + log_prior(latent)
     return z, log_slope
+
+
+def inside(u: Tensor) -> Tensor:
+    """u kept away from 0 and 1 by what rounding can do."""
+    eps = torch.finfo(u.dtype).eps / 2
+    return u.clamp(eps, 1 - eps)
 
 
 def path(start: Tensor, end: Tensor, steps: int) -> Tensor:
@@ -213,7 +209,7 @@ class HistogramCoupling(nn.Module):
         channels = target.any(2).any(1).nonzero()[:, 0].tolist()
         self.channels = slice(channels[0], channels[-1] + 1)
         self.n_known = int(known.any(2).any(1).sum())  # channels of which anything is known
-        self.register_buffer('target', target[self.channels], persistent=False)
+        self.register_buffer('target', target[self.channels].movedim(0, -1), persistent=False)
         self.register_buffer('known', known[self.n_known - 1], persistent=False)
         edges = (1 - ALPHA) / 256 * torch.tensor(KNOTS) + ALPHA / 2
         edges[0], edges[-1] = 0., 1.
@@ -232,7 +228,7 @@ class HistogramCoupling(nn.Module):
             self.last.bias.copy_(edges.diff().log().repeat(len(channels)))
 
     def log_p(self, embedded: tuple[Tensor, ...]) -> Tensor:
-        """Log-probabilities of the bins, before they are normalised: (B or 1, C', H, W, K)."""
+        """Log-probabilities of the bins, before they are normalised: (B or 1, H, W, C', K)."""
         h = self.place[None]
         if self.n_known:
             *seen, partly = embedded[:self.n_known]
@@ -240,7 +236,7 @@ class HistogramCoupling(nn.Module):
             h = h + self.place.to(h.dtype)
         for layer in self.layers:
             h = h + layer(h)
-        return self.last(F.silu(h)).unflatten(1, (-1, len(KNOTS) - 1)).movedim(2, -1)
+        return self.last(F.silu(h)).movedim(1, -1).unflatten(-1, (-1, len(KNOTS) - 1))
 
     def forward(self, z: Tensor, ldj: Tensor, reverse: bool = False,
                 embedded: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor]:
@@ -252,9 +248,9 @@ class HistogramCoupling(nn.Module):
         if embedded is None:
             embedded = embed(self.embedding, z[:, :self.n_known])
         log_p = self.log_p(embedded).to(z.dtype).log_softmax(-1)
-        old = z[:, self.channels]
+        old = z[:, self.channels].movedim(1, -1).contiguous()  # (B, H, W, C')
         new, log_slope = (from_latent if reverse else to_latent)(old, log_p, self.edges.to(z))
-        new = torch.where(self.target, new, old)
+        new = torch.where(self.target, new, old).movedim(-1, 1)
         z = torch.cat([z[:, :self.channels.start], new, z[:, self.channels.stop:]], dim=1)
         return z, ldj + (log_slope * self.target).flatten(1).sum(1)
 
