@@ -49,6 +49,7 @@ COOL = 0.7  # the lower temperature of the samples
 N_DECODED = 1000  # test images that the round trip is tried on
 PUBLISHED = {  # test bits per dimension of flows; the last as given by Chen et al., 2019
     'Real NVP': 1.06, 'Glow': 1.05, 'Residual Flow': 0.97}
+Batches = Iterable[tuple[Tensor, Tensor]]  # of images, (B, 784), 0 to 255, and their labels
 
 
 # --- mathematics ---------------------------------------------------------------------------------
@@ -373,14 +374,12 @@ class Model(nn.Module):
 # --- training ------------------------------------------------------------------------------------
 
 
-def epoch_iter(model: Model, data: Iterable[tuple[Tensor, Tensor]],
-               optimizer: torch.optim.Optimizer | None = None,
+def epoch_iter(model: Model, data: Batches, optimizer: torch.optim.Optimizer | None = None,
                schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
                bf16: bool = False) -> float:
     """One pass over the data, with updates if the model is in training mode.
 
     Args:
-        data: batches of images, (B, 784), whole numbers from 0 to 255, and labels.
         optimizer, schedule: stepped after each batch, the gradient's norm at most MAX_GRAD_NORM;
             needed for training only.
         bf16: whether the networks compute in bfloat16 (the maps and densities never do).
@@ -405,15 +404,14 @@ def epoch_iter(model: Model, data: Iterable[tuple[Tensor, Tensor]],
     return float(total / count)
 
 
-def moved(data: Iterable[tuple[Tensor, Tensor]], max_shift: int
-          ) -> Iterator[tuple[Tensor, Tensor]]:
+def moved(data: Batches, max_shift: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches, each moved by up to so many pixels: a side's pixels enter at the other."""
     for images, labels in data:
         shift = tuple(torch.randint(-max_shift, max_shift + 1, (2,)).tolist())
         yield images.view(-1, 28, 28).roll(shift, (1, 2)).view(-1, PIXELS), labels
 
 
-def run_epoch(model: Model, data: tuple[Iterable, Iterable], optimizer: torch.optim.Optimizer,
+def run_epoch(model: Model, data: tuple[Batches, Batches], optimizer: torch.optim.Optimizer,
               **options) -> tuple[float, float]:
     """Train on the first data set, then evaluate on the second: `epoch_iter` of each."""
     traindata, valdata = data
@@ -425,8 +423,7 @@ def run_epoch(model: Model, data: tuple[Iterable, Iterable], optimizer: torch.op
 
 
 @torch.no_grad()
-def importance_weighted_bpd(model: Model, data: Iterable[tuple[Tensor, Tensor]], draws: int
-                            ) -> float:
+def importance_weighted_bpd(model: Model, data: Batches, draws: int) -> float:
     """−log₂ 1/K Σ_k p(x + u_k) / 784, u_k ~ U[0, 1), averaged over the images.
 
     In expectation a bound of −log₂ P(x) / 784 that falls with K (Hoogeboom et al., Learning
@@ -440,8 +437,7 @@ def importance_weighted_bpd(model: Model, data: Iterable[tuple[Tensor, Tensor]],
 
 
 @torch.no_grad()
-def roundtrip_errors(model: Model, data: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype
-                     ) -> Tensor:
+def roundtrip_errors(model: Model, data: Batches, dtype: torch.dtype) -> Tensor:
     """The largest error of a pixel of decode(encode(x + u)), in grey levels, for each image: (N,).
 
     The networks compute in float32, all else in `dtype`. Where that is float32 too, rounding may
@@ -507,21 +503,17 @@ def build_parser() -> runs.Parser:
     add('--arch', choices=('multiscale', 'mlp'), default='multiscale',
         help="of the flow: coarse to fine, or the template's (default: multiscale)")
     add('--n_hidden', type=runs.whole_number(1),
-        help="of each coupling's network: channels of multiscale, units of mlp "
-             '(default: 64, of mlp 1024)')
-    add('--n_layers', type=runs.whole_number(0), default=1,
-        help="residual layers of each coupling's network, multiscale only (default: 1)")
+        help="units or channels of each coupling's network (default: 64, of mlp 1024)")
     add('--n_flows', type=runs.whole_number(1), default=4,
-        help='pairs of couplings, mlp only (default: 4)')
+        help='mlp: pairs of couplings (default: 4)')
+    add('--n_layers', type=runs.whole_number(0), default=1,
+        help="multiscale: residual layers of each coupling's network (default: 1)")
     add('--n_embedding', type=runs.whole_number(0), default=8,
-        help="dimensions of the vector that stands for a pixel's value, multiscale only; 0: the "
-             'value itself (default: 8)')
+        help='multiscale: size of the vector for a pixel value; 0: the value itself (default: 8)')
     add('--max_ranks', type=runs.whole_number(1), default=16,
-        help='of the 64, that a coupling maps at most, multiscale only: fewer are better and '
-             'slower (default: 16)')
+        help='multiscale: that a coupling maps at most, of 64; fewer are slower (default: 16)')
     add('--max_shift', type=runs.whole_number(0), choices=(0, 1, 2), default=1,
-        help='pixels by which training images are moved at most, but for the last fifth of the '
-             'epochs (default: 1)')
+        help='pixels by which training images are moved, until the last fifth (default: 1)')
     add('--batch_size', type=runs.whole_number(1), default=128, help='default: 128')
     add('--lr', type=runs.number(0), help='at its highest (default: 1.2e-2, of mlp 1e-3)')
     add('--precision', choices=('auto', 'bf16', 'fp32'), default='auto',
@@ -531,7 +523,13 @@ def build_parser() -> runs.Parser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    return build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    mlp = args.arch == 'mlp'
+    for name in ('n_layers', 'n_embedding', 'max_ranks') if mlp else ('n_flows',):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f'--{name} has no meaning with --arch {args.arch}')
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
@@ -546,7 +544,7 @@ def main(args: argparse.Namespace) -> None:
     args.precision = 'bf16' if bf16 else 'fp32'
     if args.dry_run:
         args.epochs = 2
-        train, val, test = (loader.head(3 * args.batch_size) for loader in (train, val, test))
+        train, val, test = train.head(3 * args.batch_size), val.head(200), test.head(200)
     curve_train, val, test = (loader.head(10_000, EVAL_BATCH) for loader in (train, val, test))
 
     runs.seed_all(args.seed, 'weights')
