@@ -19,6 +19,9 @@ DRY_RUNS = {  # the folder, and what is in it beside the files of every run
     'a3_gan.py': ('gan_digits', {
         'losses.pdf', 'losses.csv', 'interpolation.png', 'interpolations.png',
         'interpolations.csv', *(f'samples_epoch00{epoch}.png' for epoch in range(3))}),
+    'a3_nf.py': ('nf_digits', {
+        'bpd.pdf', 'bpd.csv', 'interpolations.png',
+        *(f'{kind}_epoch0{epoch}.png' for epoch in range(3) for kind in ('samples', 'cool'))}),
 }
 PROXIES = ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY')
 MODULES = {script: importlib.import_module(script.removesuffix('.py')) for script in DRY_RUNS}
