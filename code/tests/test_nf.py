@@ -228,6 +228,26 @@ def test_the_maps_are_inverse_to_each_other():
         torch.testing.assert_close(log_slope_back, -log_slope)
 
 
+def test_a_point_on_an_edge_belongs_to_the_bin_on_its_right():
+    _, log_slope = to_latent(torch.zeros(1), torch.tensor([0.2, 0.8]).log(),
+                             torch.tensor([0, 0.5, 1]))
+    expected = scipy.stats.norm.ppf(0.2)
+    assert log_slope.item() == pytest.approx(
+        math.log(1.6) + math.log(1 / 4) - scipy.stats.norm.logpdf(expected))
+
+
+def test_rounding_moves_nothing_out_of_its_bin():
+    log_p = torch.tensor([0.5, 4e-8, 0.5 - 4e-8]).log()  # the second: less than a digit of 0.5
+    z, _ = from_latent(torch.linspace(-1e-6, 1e-6, 101), log_p, torch.tensor([0, 0.25, 0.75, 1]))
+    assert (z.diff() >= 0).all()
+
+
+def test_latents_pass_no_gradient_on_to_the_histogram():
+    log_p, edges = histogram(5)
+    latent, log_slope = to_latent(random(5), log_p.requires_grad_(), edges)
+    assert log_slope.requires_grad and not latent.requires_grad
+
+
 @pytest.mark.parametrize('there', [to_latent, from_latent])
 def test_one_histogram_serves_a_whole_batch(there):
     log_p, edges = histogram(1, 40)
@@ -557,11 +577,9 @@ STARTS = {3: [0, 1, 2, *range(4, 64, 3)], 4: [0, 1, 2, *range(4, 64, 4)],
           64: [0, 1, 2, 4, 8, 16, 32]}  # the first rank of each coupling, by `max_ranks`
 
 
-@pytest.mark.parametrize('max_ranks, n_embedding', [*((n, 8) for n in STARTS), (16, 0)])
-def test_a_latent_depends_on_its_pixel_and_on_all_those_of_earlier_couplings(
-        max_ranks, n_embedding):
-    flow = shaken(MultiScaleFlow(4, 1, n_embedding, max_ranks),
-                  torch.float64 if n_embedding else torch.float32)
+@pytest.mark.parametrize('max_ranks', STARTS)
+def test_a_latent_depends_on_its_pixel_and_on_all_those_of_earlier_couplings(max_ranks):
+    flow = shaken(MultiScaleFlow(n_hidden=4, max_ranks=max_ranks))
     rank = torch.tensor(BAYER_8).repeat(4, 4)[:28, :28].flatten()
     coupling = torch.bucketize(rank, torch.tensor(STARTS[max_ranks]), right=True)
     x = images(1) + 0.5
@@ -581,8 +599,8 @@ def test_every_pixel_is_mapped_by_exactly_one_coupling(max_ranks):
     assert len(flow.layers) == len(STARTS[max_ranks]) and (times == 1).all()
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-@pytest.mark.parametrize('u', [0.01, 0.5, 0.99])
+@pytest.mark.parametrize('u, dtype', [(0.01, torch.float32), (0.99, torch.float32),
+                                      (1e-6, torch.float64), (1 - 1e-6, torch.float64)])
 def test_networks_see_whole_values(u, dtype):
     embedding = nn.Embedding(256, 8)
     values = torch.arange(256).view(1, 4, 8, 8)
@@ -590,6 +608,13 @@ def test_networks_see_whole_values(u, dtype):
     for channel, vectors in enumerate(embed(embedding, z)):
         assert vectors.shape == (1, 8, 8, 8)
         assert torch.equal(vectors[0].permute(1, 2, 0), embedding.weight[values[0, channel]])
+
+
+def test_without_an_embedding_networks_see_shares_of_256():
+    x = 256 * torch.rand(2, 3, 7, 7, dtype=torch.float64)
+    z, _ = Model([147], nn.Identity()).logit_normalize(x, torch.zeros(2))
+    seen = torch.stack(embed(None, z), dim=1)
+    torch.testing.assert_close(seen.float(), (x / 256).float()[:, :, None])
 
 
 def test_logits_of_no_value_are_seen_as_black_or_white():
@@ -806,6 +831,7 @@ def read_images(filename, columns: int) -> np.ndarray:
                      for i in range(rows) for j in range(columns)])
 
 
+@pytest.mark.filterwarnings('error')
 def test_pixels_are_shown_as_whole_grey_values_whatever_was_sampled(tmp_path):
     values = torch.tensor([0., 7.99, 8., 255.5, 256., -0.01, math.inf, -math.inf, math.nan])
     x = torch.zeros(2, PIXELS)
