@@ -42,7 +42,7 @@ from datasets.common import Loader
 from datasets.mnist import mnist
 
 PIXELS = 28 * 28
-ALPHA = 1e-6  # by which pixels are squeezed into (0, 1), away from both ends
+ALPHA = 1e-3  # by which pixels are squeezed into (0, 1), away from both ends
 CELL = 4  # pixels; the multi-scale flow sees an image as 7 × 7 cells of so many rows and columns
 KNOTS = (0, 1, *range(8, 249, 8), *range(251, 257))  # of pixel values: black and white alone
 EVAL_BATCH = 250
@@ -50,6 +50,9 @@ MAX_GRAD_NORM = 1.0  # of the gradient of the bits per dimension
 IW_DRAWS = 8  # of the dequantisation noise, for the importance-weighted bound
 COOL = 0.7  # the lower temperature of the samples
 N_DECODED = 1000  # test images that the round trip is tried on
+DEFAULTS = {  # of what is not typed, by architecture
+    'multiscale': {'n_hidden': 64, 'max_shift': 1, 'batch_size': 128, 'lr': 1.2e-2},
+    'mlp': {'n_hidden': 1024, 'max_shift': 0, 'batch_size': 256, 'lr': 1e-3}}
 PUBLISHED = {  # test bits per dimension of flows; the last as given by Chen et al., 2019
     'Real NVP': 1.06, 'Glow': 1.05, 'Residual Flow': 0.97}
 Batches = Iterable[tuple[Tensor, Tensor]]  # of images, (B, 784), 0 to 255, and their labels
@@ -101,7 +104,7 @@ def to_latent(z: Tensor, log_p: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         z: logits, of any shape.
         log_p: log-probabilities of the K bins, that shape and (K,); or to be broadcast to it.
-        edges: of the bins, (K + 1,), from 0 to 1.
+        edges: of the bins, (K + 1,), rising; σ(z) lies between the first and the last.
     """
     u = torch.sigmoid(z)
     k = torch.searchsorted(edges[1:-1], u.detach(), right=True)  # the bin
@@ -168,7 +171,7 @@ class Coupling(nn.Module):
 
     def forward(self, z: Tensor, ldj: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """z (B, c_in) to z' and ldj + log |det ∂z'/∂z|, (B,); with `reverse`, back again."""
-        kept, old = z[:, self.kept], z[:, self.changed]
+        kept, old = z.index_select(1, self.kept), z.index_select(1, self.changed)
         s, t = self.nn(kept.to(self.nn[0].weight.dtype)).to(z.dtype).chunk(2, dim=1)
         log_scale = s.tanh()  # bounded: no layer can blow the density up by itself
         if reverse:
@@ -217,7 +220,6 @@ class HistogramCoupling(nn.Module):
         self.register_buffer('target', target[self.channels].movedim(0, -1), persistent=False)
         self.register_buffer('known', known[self.n_known - 1], persistent=False)
         edges = (1 - ALPHA) / 256 * torch.tensor(KNOTS) + ALPHA / 2
-        edges[0], edges[-1] = 0., 1.
         self.register_buffer('edges', edges, persistent=False)
         self.place = nn.Parameter(torch.zeros(n_hidden, *rank.shape[1:]))
         if self.n_known:
@@ -230,7 +232,7 @@ class HistogramCoupling(nn.Module):
         self.last = nn.Conv2d(n_hidden, len(channels) * (len(KNOTS) - 1), 1)
         nn.init.zeros_(self.last.weight)
         with torch.no_grad():
-            self.last.bias.copy_(edges.diff().log().repeat(len(channels)))
+            self.last.bias.copy_(edges.diff().log().repeat(len(channels)))  # uniform
 
     def log_p(self, embedded: tuple[Tensor, ...]) -> Tensor:
         """Log-probabilities of the bins, before they are normalised: (B or 1, H, W, C', K)."""
@@ -347,8 +349,8 @@ class Model(nn.Module):
         constant = D * (math.log1p(-ALPHA) - math.log(256))
         if not reverse:
             s = (1 - ALPHA) / 256 * z + ALPHA / 2
-            return (torch.log(s) - torch.log1p(-s),
-                    logdet + constant - (torch.log(s) + torch.log1p(-s)).flatten(1).sum(1))
+            log_s, log_rest = s.log(), (-s).log1p()
+            return log_s - log_rest, logdet + constant - (log_s + log_rest).flatten(1).sum(1)
         log_density = -(F.softplus(z) + F.softplus(-z)).flatten(1).sum(1)  # Σ log s (1 − s)
         z = (torch.sigmoid(z) - ALPHA / 2) * (256 / (1 - ALPHA))
         return z, logdet + log_density - constant
@@ -515,9 +517,10 @@ def build_parser() -> runs.Parser:
         help='multiscale: size of the vector for a pixel value; 0: the value itself (default: 8)')
     add('--max_ranks', type=runs.whole_number(1), default=16,
         help='multiscale: that a coupling maps at most, of 64; fewer are slower (default: 16)')
-    add('--max_shift', type=runs.whole_number(0), choices=(0, 1, 2), default=1,
-        help='pixels by which training images are moved, until the last fifth (default: 1)')
-    add('--batch_size', type=runs.whole_number(1), default=128, help='default: 128')
+    add('--max_shift', type=runs.whole_number(0), choices=(0, 1, 2),
+        help='pixels by which training images are moved, until the last fifth (default: 1, of '
+             'mlp 0)')
+    add('--batch_size', type=runs.whole_number(1), help='default: 128, of mlp 256')
     add('--lr', type=runs.number(0), help='at its highest (default: 1.2e-2, of mlp 1e-3)')
     add('--precision', choices=('auto', 'bf16', 'fp32'), default='auto',
         help='of the networks in training; auto: bf16 where the hardware has it')
@@ -539,12 +542,14 @@ def main(args: argparse.Namespace) -> None:
     device = runs.pick_device(args.device)
     bf16 = args.precision == 'bf16' or args.precision == 'auto' and runs.has_fast_bf16(device)
     download = not (args.dry_run or args.sample)
+    typed = argparse.Namespace(**vars(args))  # what names the run
+    for name, value in DEFAULTS[args.arch].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.precision = 'bf16' if bf16 else 'fp32'
     train, val, test = mnist(args.data_dir, args.batch_size, download, args.dataset, device)
     prefix = 'nf_mlp' if args.arch == 'mlp' else 'nf'
-    name = runs.run_name(prefix, build_parser(), args, ('arch',), train.source)
-    args.n_hidden = args.n_hidden or (1024 if args.arch == 'mlp' else 64)
-    args.lr = args.lr if args.lr is not None else 1e-3 if args.arch == 'mlp' else 1.2e-2
-    args.precision = 'bf16' if bf16 else 'fp32'
+    name = runs.run_name(prefix, build_parser(), typed, ('arch',), train.source)
     if args.dry_run:
         args.epochs = 2
         train, val, test = train.head(3 * args.batch_size), val.head(200), test.head(200)

@@ -8,6 +8,7 @@ as one that never was, bit for bit on one machine.
 """
 
 import argparse
+import ast
 import difflib
 import hashlib
 import io
@@ -17,8 +18,11 @@ import os
 import pickle
 import platform
 import shlex
+import signal
 import sys
 import tempfile
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +36,11 @@ CHECKPOINT_FORMAT = 1
 # Arguments that are not part of what a run is (the device is, as it was picked).
 NEUTRAL = ('device', 'data_dir', 'results_dir', 'run', 'dataset', 'resume', 'dry_run', 'sample',
            'save_interval')
-OWN_FILES = ('.json', '.csv', '.pt', '.png', '.pdf', '.tmp')  # what a run leaves in its folder
+OWN_FILES = ('.json', '.csv', '.pt', '.png', '.pdf')  # what a run leaves in its folder
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: someone else wants the process to end."""
 
 
 class RunError(Exception):
@@ -92,11 +100,12 @@ def underscored(word: str) -> str:
     return '--' + flag[2:].replace('-', '_') + equals + value if word[:2] == '--' else word
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number of at least `least`."""
+def whole_number(least: int, most: int = 10 ** 9) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` to `most`."""
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f'expected a whole number ≥ {least}, got {text!r}')
+        if not (text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(
+                f'expected a whole number from {least} to {most:,}, got {text!r}')
         return int(text)
     return parse
 
@@ -139,17 +148,32 @@ def has_fast_bf16(device: torch.device) -> bool:
 def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """`main(args)`, with what a user can mend told in one line and a fitting exit status."""
     script = Path(sys.argv[0]).name
+
+    def terminate(*_) -> None:
+        raise Terminated
+
+    def complain(error: Exception | str) -> None:
+        print(f'{script}: error: {" ".join(str(error).split())}', file=sys.stderr)
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main(args)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        ended, status = ('terminated', 143) if isinstance(stop, Terminated) else ('interrupted',
+                                                                                 130)
         words = [word for word in sys.argv if word != '--resume']
-        print(f'\n{script}: interrupted' + (
+        print(f'\n{script}: {ended}' + (
             '' if args.dry_run or args.sample else
             f'; go on with: python {shlex.join(words)} --resume'), file=sys.stderr)
-        sys.exit(130)
+        sys.exit(status)
     except (RunError, OSError) as error:
-        print(f'{script}: error: {" ".join(str(error).split())}', file=sys.stderr)
+        complain(error)
         sys.exit(getattr(error, 'status', 2))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and 'alloc' not in str(error):
+            raise
+        complain(f'not enough memory for these arguments: {error}')
+        sys.exit(2)
 
 
 def seed_all(seed: int, stream: int | str) -> None:
@@ -165,13 +189,14 @@ def seed_all(seed: int, stream: int | str) -> None:
 def write_atomic(path: Path | str, content: bytes | str) -> None:
     """Write a file whole or not at all: under a temporary name beside it, then renamed."""
     path = Path(path)
-    temporary = path.with_name(path.name + '.tmp')
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from None
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_csv(path: Path | str, rows: list[dict]) -> None:
@@ -196,6 +221,14 @@ def run_name(prefix: str, parser: Parser, args: argparse.Namespace, told: tuple[
     words = [prefix] + [f'{name.replace("_", "")}{value}' for name, value in vars(args).items()
                         if name not in NEUTRAL + told and value != parser.get_default(name)]
     return '_'.join(words + ['digits'] * (source['dataset'] == 'digits'))
+
+
+def script_digest(script: Path | str) -> str:
+    """The sha256 of a script's text after its docstring, which tells results but makes none."""
+    text = Path(script).read_text(encoding='utf-8')
+    docstring = ast.parse(text).body[0]
+    code = ''.join(text.splitlines(keepends=True)[docstring.end_lineno:])
+    return hashlib.sha256(code.encode()).hexdigest()
 
 
 def from_root(path: Path) -> str:
@@ -248,7 +281,7 @@ class Run:
         self.rows: list[dict] = []
         self.config = {
             'script': Path(script).stem,
-            'script_sha256': hashlib.sha256(Path(script).read_bytes()).hexdigest(),
+            'script_sha256': script_digest(script),
             'arguments': {name: from_root(value) if isinstance(value, Path) else value
                           for name, value in vars(args).items()},
             'data': source, 'device': str(device), 'hardware': hardware(device),
@@ -256,6 +289,8 @@ class Run:
                          'numpy': np.__version__},
         }
         self.bar = tqdm(disable=True)
+        self.clock = time.perf_counter()  # when the last epoch ended
+        self.train_seconds = 0.  # of this epoch's batches
 
     def path(self, name: str) -> Path:
         """The path of a file of this run."""
@@ -303,6 +338,10 @@ class Run:
             print(f'{self.folder} is finished already ({self.args.epochs} epochs): '
                   'nothing was changed')
             return False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.hold()
+        for path in self.folder.glob('*.tmp'):  # of a run that was killed while writing
+            path.unlink()
         if self.args.resume and self.path('checkpoint.pt').is_file():
             self.refuse_differences()
             self.load()
@@ -310,7 +349,6 @@ class Run:
         else:
             if self.args.resume:
                 print(f'{self.folder}: no checkpoint to resume from, starting anew')
-            self.folder.mkdir(parents=True, exist_ok=True)
             self.clear()
             print(f'{self.folder}: {"dry run" if self.args.dry_run else "new run"} '
                   f'on {self.config["device"]}, {self.config["data"]["description"]}')
@@ -318,6 +356,32 @@ class Run:
         self.bar = tqdm(total=self.args.epochs * batches, disable=not sys.stderr.isatty(),
                         initial=max(0, len(self.rows) - 1) * batches, unit='batch', leave=False)
         return True
+
+    def hold(self) -> None:
+        """Keep other runs out of the folder until this process ends, in whatever way.
+
+        Raises RunError where another process holds it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        path = self.folder.with_name(f'.{self.folder.name}.lock')
+        while True:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            close = weakref.finalize(self, os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(lock, 20).decode()
+                raise RunError(f'{self.folder} is in use by process {holder}') from None
+            except OSError:  # a file system without locks
+                return
+            if os.fstat(lock).st_nlink:  # else its last holder has just removed it
+                break
+            close()
+        os.ftruncate(lock, 0)
+        os.write(lock, str(os.getpid()).encode())
 
     def clear(self) -> None:
         """Remove what an earlier run left here: its figures would pass for this one's."""
@@ -360,10 +424,12 @@ class Run:
             yield epoch
 
     def track(self, batches: Iterable) -> Iterator:
-        """The batches of an epoch, as the progress bar sees them go by."""
+        """The batches of an epoch to train on; the progress bar and a clock see them go by."""
+        start = time.perf_counter()
         for batch in batches:
             yield batch
             self.bar.update()
+        self.train_seconds = time.perf_counter() - start
 
     def check_finite(self, row: dict) -> None:
         """Raise RunError, with exit status 1, where a number of the epoch's row is not finite."""
@@ -374,9 +440,14 @@ class Run:
                 raise RunError(f'{name} is {value} after epoch {row["epoch"]}; {kept}', status=1)
 
     def end_epoch(self, row: dict) -> None:
-        """Write the epoch's row (which has `epoch` and `seconds`) to the log, and a checkpoint."""
+        """Write the epoch's row to the log, and a checkpoint.
+
+        The row has `epoch` and `seconds`, of training and evaluation; of them `train_seconds`,
+        and `total_seconds` since the last epoch ended, are added here.
+        """
         self.check_finite(row)
-        self.rows.append(row)
+        self.rows.append(row | {'train_seconds': self.train_seconds,
+                                'total_seconds': self.lap()})
         content = io.BytesIO()
         torch.save({'format': CHECKPOINT_FORMAT, 'script': self.config['script'],
                     'rows': self.rows,
@@ -384,22 +455,39 @@ class Run:
                    content)
         write_csv(self.path('log.csv'), self.rows)  # first: what the checkpoint has is not redone
         write_atomic(self.path('checkpoint.pt'), content.getvalue())
-        figures = [f'{name} {value:.2f}' for name, value in row.items()
+        figures = [f'{name} {value:.4g}' for name, value in row.items()
                    if name != 'epoch' and value is not None]
         if self.bar.disable:
             print(f'epoch {row["epoch"]}/{self.args.epochs}  ' + '  '.join(figures), flush=True)
         else:
             self.bar.set_postfix_str(', '.join(figures))
 
+    def lap(self) -> float:
+        """Seconds since the last call, or since this object was made."""
+        last, self.clock = self.clock, time.perf_counter()
+        return self.clock - last
+
     def finish(self, metrics: dict) -> None:
-        """Write `metrics.json`, which says that the run has ended, and list the files."""
+        """Write `metrics.json`, which says that the run has ended, and list the files.
+
+        `other_minutes` are those neither of training batches nor of `test_minutes`.
+        """
         self.bar.close()
-        minutes = sum(row['seconds'] for row in self.rows) / 60
-        common = {'seed': self.args.seed, 'epochs': self.args.epochs, 'train_minutes': minutes,
+        seconds, trained, total = (sum(row[name] for row in self.rows)
+                                   for name in ('seconds', 'train_seconds', 'total_seconds'))
+        other = (total + self.lap() - trained) / 60 - metrics.get('test_minutes', 0)
+        common = {'seed': self.args.seed, 'epochs': self.args.epochs,
+                  'train_minutes': seconds / 60, 'other_minutes': other,
                   'peak_memory_mb': peak_memory_mb()}
         metrics = {name: float(f'{value:.6g}') if isinstance(value, float) else value
                    for name, value in (metrics | common).items()}
+        for name, value in metrics.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RunError(f'{name} is {value} at the end of the run; '
+                               f'{self.path("checkpoint.pt")} is of epoch {self.args.epochs}',
+                               status=1)
         write_atomic(self.path('metrics.json'), json.dumps(metrics, indent=2) + '\n')
+        self.folder.with_name(f'.{self.folder.name}.lock').unlink(missing_ok=True)
         width = max(map(len, metrics))
         print('\n'.join(f'  {name:{width}}  {value}' for name, value in metrics.items()))
         print(f'files in {self.folder}: '

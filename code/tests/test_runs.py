@@ -223,7 +223,7 @@ def test_a_run_leaves_config_log_checkpoint_and_metrics(straight):
     assert metrics['seed'] == 42 and metrics['epochs'] == 4 and metrics['peak_memory_mb'] > 1
     assert metrics['train_minutes'] == pytest.approx((0 + 1 + 2 + 3 + 4) / 60, rel=1e-5)
     log = (straight / 'log.csv').read_text().splitlines()
-    assert log[0] == 'epoch,loss_nats,seconds'
+    assert log[0] == 'epoch,loss_nats,seconds,train_seconds,total_seconds'
     assert [line.split(',')[0] for line in log[1:]] == ['0', '1', '2', '3', '4']
 
 
