@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import a3_gan
+import a3_nf
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -88,11 +89,13 @@ def test_the_ablations_of_the_vae_start_from_the_default_run():
     assert len(others) >= 5 and all(set(row) == set(first) for row in others)
 
 
-def test_the_ablations_of_the_gan_change_flags_of_the_script_for_as_many_epochs():
-    first, *others = csv.DictReader(committed('ablations_gan.csv').splitlines())
-    default = a3_gan.parse_args(first['setting'].split())
+@pytest.mark.parametrize('script, metric', [(a3_gan, 'val_frechet'), (a3_nf, 'val_bpd')])
+def test_ablations_change_flags_of_the_script_for_as_many_epochs(script, metric):
+    table = f'ablations_{script.__name__.removeprefix("a3_")}.csv'
+    first, *others = csv.DictReader(committed(table).splitlines())
+    default = script.parse_args(first['setting'].split())
     assert len(others) >= 5
     for row in others:
-        args = a3_gan.parse_args(row['setting'].split())
+        args = script.parse_args(row['setting'].split())
         assert args.epochs == default.epochs and args != default
-        assert float(row['val_frechet']) > 0 and set(row) == set(first)
+        assert float(row[metric]) > 0 and set(row) == set(first)

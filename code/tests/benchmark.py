@@ -1,0 +1,219 @@
+"""How fast the scripts train: ratios within one run on one machine, never absolute promises.
+
+For the networks of the assignment's template, and for the default ones, a few dozen batches are
+trained in turn by the script's own loop, by the same loop in float32 with a plain Adam fed by
+torchvision's MNIST and a `DataLoader` with four workers, and by nothing: the bare matrix products
+and convolutions of the step, forward and backward, of the same shapes, strides and precision. The
+last is the floor, and floor / step the share of it that is reached.
+
+    python code/tests/benchmark.py [--data_dir DIR] [--rounds 5] [vae gan nf]
+
+Then each script is started as a user starts it, for the seconds to the end of the first epoch and
+the most memory. What share of a whole run is neither training nor test estimates is read from the
+runs in `report/results/`.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+from torchvision.datasets import MNIST
+from torchvision.transforms import ToTensor
+
+CODE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(CODE))
+
+import a3_gan  # noqa: E402
+import a3_nf  # noqa: E402
+import a3_vae  # noqa: E402
+import runs  # noqa: E402
+from datasets.common import Loader  # noqa: E402
+from datasets.mnist import mnist  # noqa: E402
+
+BATCHES = 40
+Train = Callable[[Iterable], object]  # over batches of images in [0, 1], (B, 784)
+
+
+# --- what is timed -------------------------------------------------------------------------------
+
+
+def adam(model: nn.Module, fused: bool) -> torch.optim.Adam:
+    return torch.optim.Adam(model.parameters(), 1e-4, fused=fused)
+
+
+def train_vae(bf16: bool, fused: bool, template: bool) -> Train:
+    model = a3_vae.VAE(500, 20, n_layers=1, skip=False) if template else a3_vae.VAE(512)
+    optimizer, share = adam(model, fused), 0. if template else 0.8
+
+    def train(batches: Iterable) -> None:
+        binary = (images.round() for images in batches)
+        a3_vae.epoch_iter(model.train(), a3_vae.augmented(binary, share), optimizer, bf16=bf16)
+    return train
+
+
+def train_gan(bf16: bool, fused: bool, template: bool) -> Train:
+    arch = 'mlp' if template else 'conv'
+    generator, discriminator = a3_gan.Generator(arch=arch), a3_gan.Discriminator(arch)
+    optimizers = adam(generator, fused), adam(discriminator, fused)
+    options = {} if template else {'averaged': a3_gan.average(generator, 0.999), 'penalty': 0.5,
+                                   'max_shift': 1}
+
+    def train(batches: Iterable) -> None:
+        a3_gan.train((images * 2 - 1 for images in batches), discriminator, generator, *optimizers,
+                     bf16=bf16, **options)
+    return train
+
+
+def train_nf(bf16: bool, fused: bool, template: bool) -> Train:
+    model = a3_nf.Model([784], None if template else a3_nf.MultiScaleFlow())
+    optimizer, shift = adam(model, fused), 0 if template else 1
+
+    def train(batches: Iterable) -> None:
+        grey = (((images * 255).round(), None) for images in batches)
+        a3_nf.epoch_iter(model.train(), a3_nf.moved(grey, shift), optimizer, bf16=bf16)
+    return train
+
+
+# By name: what trains, and the batch size of the template's networks and of the default ones.
+CASES = {'vae': (train_vae, 128, 128), 'gan': (train_gan, 64, 128), 'nf': (train_nf, 256, 128)}
+
+
+class FromTensors(MNIST):
+    """torchvision's MNIST, item by item as it is, of images that are in memory already."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor):
+        self.data, self.targets = images.view(-1, 28, 28), labels
+        self.transform, self.target_transform = ToTensor(), None
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps every matrix product and convolution that is computed under it."""
+
+    OPS = ('mm', 'addmm', 'bmm', 'convolution', 'convolution_backward')
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[Callable, list]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.OPS:
+            self.calls.append((func, [like(arg) for arg in args]))
+        return func(*args, **(kwargs or {}))
+
+
+def like(arg: object) -> object:
+    """Other numbers in a tensor of the same shape, strides and precision; what is none, as is."""
+    if not isinstance(arg, torch.Tensor):
+        return arg
+    return torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype).normal_()
+
+
+def floor_of(train: Train, batch: torch.Tensor) -> Callable[[], None]:
+    """A function that computes nothing but the products and convolutions of one step."""
+    with Recorder() as recorder:
+        train([batch])
+
+    def replay() -> None:
+        for func, args in recorder.calls:
+            func(*args)
+    return replay
+
+
+# --- measurements --------------------------------------------------------------------------------
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def compare(name: str, template: bool, loader: Loader, rounds: int, bf16: bool) -> None:
+    """Print the ratios of one script, of the template's networks or of the default ones."""
+    make, *sizes = CASES[name]
+    B = sizes[0 if template else 1]
+    n = B * BATCHES
+    loader = Loader(loader.images[:n], None, B, shuffle=True, source={})
+    ours, in_fp32 = make(bf16, True, template), make(False, True, template)
+    batch = loader.images[:B] / 255
+    works = {'step': lambda: ours(images / 255 for images in loader)}
+    floors = {'fp32': floor_of(in_fp32, batch)} | ({'bf16': floor_of(ours, batch)} if bf16 else {})
+    for kind, floor in floors.items():
+        works[kind] = lambda floor=floor: [floor() for _ in range(BATCHES)]
+    if template:
+        plain = make(False, False, template)
+        feed = DataLoader(FromTensors(loader.images, torch.zeros(n)), B, shuffle=True,
+                          num_workers=4, persistent_workers=True)  # their start is not counted
+        works['DataLoader'] = lambda: plain(images.flatten(1) for images, _ in feed)
+    for work in works.values():
+        work()
+    times = {kind: [] for kind in works}
+    for _ in range(rounds):
+        for kind, work in works.items():
+            times[kind].append(seconds(work))
+    median = {kind: statistics.median(values) for kind, values in times.items()}
+    shares = [f'{median[kind] / median["step"]:.2f} of the {kind} floor' for kind in floors]
+    over = f'{median["DataLoader"] / median["step"]:.1f} x DataLoader, ' if template else ''
+    print(f'{name:4}{"template" if template else "default":9}{n / median["step"]:9,.0f} images/s, '
+          f'{over}{", ".join(shares)}', flush=True)
+
+
+def start(name: str, data_dir: Path) -> None:
+    """Print how long the script takes from its start to the end of epoch 1, and its memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, '-u', str(CODE / f'a3_{name}.py'), '--epochs', '1',
+                   '--run', 'a', '--data_dir', str(data_dir), '--results_dir', folder]
+        begin, first = time.perf_counter(), None
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                if line.startswith('epoch 1/'):
+                    first = time.perf_counter() - begin
+        metrics = json.loads(Path(folder, 'a', 'metrics.json').read_text())
+    print(f'{name:4}first epoch ends {first:.1f} s after the start; '
+          f'at most {metrics["peak_memory_mb"]:.0f} MB')
+
+
+def share_of_the_rest(folder: Path) -> None:
+    """Print the share of a run that is neither training batches nor final test estimates."""
+    metrics = json.loads((folder / 'metrics.json').read_text())
+    with (folder / 'log.csv').open() as file:
+        head, *rows = [line.strip().split(',') for line in file]
+    trained = sum(float(row[head.index('train_seconds')]) for row in rows) / 60
+    whole = trained + metrics['test_minutes'] + metrics['other_minutes']
+    print(f'{folder.name:16}{metrics["other_minutes"] / whole:6.1%} of {whole:.1f} minutes is '
+          'neither training nor test estimates')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('script', nargs='*', choices=[*CASES, []], help='all if none is named')
+    parser.add_argument('--data_dir', type=Path, default=runs.ROOT / 'data')
+    parser.add_argument('--rounds', type=runs.whole_number(1), default=5)
+    args = parser.parse_args()
+    names = args.script or list(CASES)
+    loader, *_ = mnist(args.data_dir, 128, download=False)
+    bf16 = runs.has_fast_bf16(torch.device('cpu'))
+    print(runs.hardware(torch.device('cpu')))
+    for name in names:
+        for template in (True, False):
+            compare(name, template, loader, args.rounds, bf16)
+    for name in names:
+        start(name, args.data_dir)
+    for path in sorted((runs.ROOT / 'report' / 'results').glob('*/metrics.json')):
+        if 'other_minutes' in json.loads(path.read_text()):
+            share_of_the_rest(path.parent)
+
+
+if __name__ == '__main__':
+    main()
