@@ -3,21 +3,22 @@ arXiv:1605.08803): an invertible map f from images to latents, whose density is 
 
     z = f(x)    log p(x) = log N(z; 0, I) + log |det ∂f/∂x|
 
-Pixels are whole numbers, 0 to 255. With noise u ~ U[0, 1)^784 added they have a density, whose
-expected logarithm bounds the likelihood of the image from below: log P(x) ≥ E_u log p(x + u)
-(Theis et al., A Note on the Evaluation of Generative Models, ICLR 2016, section 3.1).
-Training maximises it; −log p(x + u) / (784 log 2) is the figure, in bits per dimension.
+which asks only that f be invertible, and differentiable almost everywhere. Pixels are whole
+numbers, 0 to 255, so the probability of an image is the density's integral over a unit cube,
+P(x) = E_u p(x + u), u ~ U[0, 1)^784. By Jensen's inequality log P(x) ≥ E_u log p(x + u) (Theis et
+al., A Note on the Evaluation of Generative Models, ICLR 2016, section 3.1). Training maximises the
+right side; reported is −log p(x + u) / (784 log 2), in bits per dimension.
 
 The flow of the assignment, `--arch mlp`, alternates affine couplings of the two colours of a
-checkerboard. The default, `multiscale`, goes from a coarse lattice of 7 × 7 pixels to ever finer
-ones. Each of its eight couplings maps the next pixels to latents by a piecewise-linear
-distribution function (Müller et al., Neural Importance Sampling, ACM ToG 2019) whose slopes a
-small convolutional network reads off the pixels that are there already. Two things make the
-difference. The function's corners are at whole pixel values, so density need not leak from the
-black background into the greys. And the network looks each pixel value up in a table of learned
-vectors, as language models do with words: which grey it is exactly says much about the next.
-The density is then constant over each value's unit cube, where Jensen's inequality loses nothing:
-the flow is a discrete model of blocks of pixels, too.
+checkerboard. The default, `multiscale`, makes an image from a coarse lattice, every eighth pixel,
+to ever finer ones. Each of its eight couplings maps a group of pixels to latents by a
+piecewise-linear distribution function (Müller et al., Neural Importance Sampling, ACM ToG 2019)
+whose slopes a small convolutional network reads off the coarser pixels. The function's corners
+are at whole pixel values, so no density need leak from the black background into the greys. And
+the network looks each pixel value up in a table of learned vectors, as language models do with
+words, which buys most of what was tried (`ablations_nf.csv`). The density is then constant over
+each value's unit cube, where Jensen's inequality loses nothing: the flow is also a discrete
+autoregressive model, group by group.
 
     python code/a3_nf.py
     python code/a3_nf.py --arch mlp
@@ -42,9 +43,9 @@ from datasets.common import Loader
 from datasets.mnist import mnist
 
 PIXELS = 28 * 28
-ALPHA = 1e-3  # by which pixels are squeezed into (0, 1), away from both ends
+ALPHA = 1e-3  # pixels end half of it from 0 and 1: with less, black's logits have a long tail
 CELL = 4  # pixels; the multi-scale flow sees an image as 7 × 7 cells of so many rows and columns
-KNOTS = (0, 1, *range(8, 249, 8), *range(251, 257))  # of pixel values: black and white alone
+KNOTS = (0, 1, *range(8, 249, 8), *range(251, 257))  # of values; 0 and 251 … 255 stand alone
 EVAL_BATCH = 250
 MAX_GRAD_NORM = 1.0  # of the gradient of the bits per dimension
 IW_DRAWS = 8  # of the dequantisation noise, for the importance-weighted bound
@@ -53,7 +54,7 @@ N_DECODED = 1000  # test images that the round trip is tried on
 DEFAULTS = {  # of what is not typed, by architecture
     'multiscale': {'n_hidden': 64, 'max_shift': 1, 'batch_size': 128, 'lr': 1.2e-2},
     'mlp': {'n_hidden': 1024, 'max_shift': 0, 'batch_size': 256, 'lr': 1e-3}}
-PUBLISHED = {  # test bits per dimension of flows; the last as given by Chen et al., 2019
+PUBLISHED = {  # test bits per dimension on MNIST, as tabled by Chen et al., Residual Flows, 2019
     'Real NVP': 1.06, 'Glow': 1.05, 'Residual Flow': 0.97}
 Batches = Iterable[tuple[Tensor, Tensor]]  # of images, (B, 784), 0 to 255, and their labels
 
@@ -77,7 +78,7 @@ def bits_per_dim(log_px: Tensor) -> Tensor:
 
 
 def get_mask() -> Tensor:
-    """A checkerboard of 28 × 28 pixels, (1, 784), with 1 in the corner (paper, figure 3)."""
+    """A checkerboard of 28 × 28 pixels, (1, 784), 1 in the corner (the paper's has 0 there)."""
     i = torch.arange(28)
     return ((i[:, None] + i) % 2 == 0).float().view(1, PIXELS)
 
@@ -85,21 +86,21 @@ def get_mask() -> Tensor:
 def dither_matrix(side: int) -> Tensor:
     """Bayer's matrix: the ranks 0 … side² − 1 so placed that the first n are far from each other.
 
-    For side a power of two; M(2n) is [[4M, 4M + 2], [4M + 3, 4M + 1]] of M(n). Of the ranks of
-    M(8), each four that follow each other lie on a lattice of 4 × 4 pixels. Shape: (side, side).
+    For side a power of two; M(2n) is [[4M, 4M + 2], [4M + 3, 4M + 1]] of M(n). Of M(8), the ranks
+    4k … 4k + 3 lie on one lattice of every fourth pixel. Shape: (side, side).
     """
-    matrix = torch.zeros(1, 1, dtype=torch.int64)
-    while len(matrix) < side:
-        four = 4 * matrix
-        matrix = torch.cat([torch.cat([four, four + 2], 1), torch.cat([four + 3, four + 1], 1)])
-    return matrix
+    if side == 1:
+        return torch.zeros(1, 1, dtype=torch.int64)
+    four = 4 * dither_matrix(side // 2)
+    return torch.cat([torch.cat([four, four + 2], 1), torch.cat([four + 3, four + 1], 1)])
 
 
 def to_latent(z: Tensor, log_p: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
-    """Φ⁻¹(F(σ(z))), F the piecewise-linear distribution function of a histogram, and log |slope|.
+    """Φ⁻¹(C(σ(z))), C the piecewise-linear distribution function of a histogram, and log |slope|.
 
     Standard normal where σ(z) has the histogram's density. The latent passes no gradient on to
-    log_p: log p(x) has none to give, since the prior's density of it and Φ⁻¹'s slope cancel.
+    log_p: where no later layer changes or sees it, its own log-prior and the −log_prior in the
+    slope cancel in log p(x).
 
     Args:
         z: logits, of any shape.
@@ -112,9 +113,9 @@ def to_latent(z: Tensor, log_p: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
     log_p_k = log_p.gather(-1, k[..., None])[..., 0]
     widths = edges.diff()
     part = (u - edges[k]) / widths[k]
-    F_right = log_p.detach().exp().cumsum(-1).gather(-1, k[..., None])[..., 0]
-    F_u = F_right - log_p_k.detach().exp() * (1 - part)
-    latent = torch.special.ndtri(inside(F_u))
+    cdf_right = log_p.detach().exp().cumsum(-1).gather(-1, k[..., None])[..., 0]
+    cdf_u = cdf_right - log_p_k.detach().exp() * (1 - part)
+    latent = torch.special.ndtri(inside(cdf_u))
     log_slope = log_p_k - widths.log()[k] - F.softplus(z) - F.softplus(-z) - log_prior(latent)
     return latent, log_slope
 
@@ -122,11 +123,11 @@ def to_latent(z: Tensor, log_p: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
 def from_latent(latent: Tensor, log_p: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse of `to_latent` in z, and its log |slope|; arguments and shapes as there."""
     log_p = log_p.expand(*latent.shape, -1)
-    F_u, F_right = torch.special.ndtr(latent), log_p.exp().cumsum(-1)
-    k = (F_right[..., :-1] <= F_u[..., None]).sum(-1)
+    cdf_u, cdf_right = torch.special.ndtr(latent), log_p.exp().cumsum(-1)
+    k = (cdf_right[..., :-1] <= cdf_u[..., None]).sum(-1)
     log_p_k = log_p.gather(-1, k[..., None])[..., 0]
-    F_right = F_right.gather(-1, k[..., None])[..., 0]
-    part = 1 - ((F_right - F_u) / inside(log_p_k.exp())).clamp(0, 1)
+    cdf_right = cdf_right.gather(-1, k[..., None])[..., 0]
+    part = 1 - ((cdf_right - cdf_u) / inside(log_p_k.exp())).clamp(0, 1)
     widths = edges.diff()
     z = torch.logit(inside(edges[k] + widths[k] * part))
     log_slope = widths.log()[k] - log_p_k + F.softplus(z) + F.softplus(-z) + log_prior(latent)
@@ -154,8 +155,8 @@ class Coupling(nn.Module):
 
         z' = m ⊙ z + (1 − m) ⊙ (z ⊙ exp(s(m ⊙ z)) + t(m ⊙ z)),    s = tanh(·)
 
-    Paper, equation 9; the network is spared the zeros. Its last layer starts at zero: the map as
-    the identity. Shapes: mask (1, c_in), of 0 and 1.
+    Paper, equation 9; the network gets the kept pixels only. Its last layer starts at zero, so
+    the map starts as the identity. Shapes: mask (1, c_in), of 0 and 1.
     """
 
     def __init__(self, c_in: int, mask: Tensor, n_hidden: int = 1024):
@@ -182,7 +183,7 @@ class Coupling(nn.Module):
 
 
 class Flow(nn.Module):
-    """The template's flow: affine couplings, in turn of one colour of the board and the other."""
+    """The template's flow: affine couplings that change the two colours of the board in turn."""
 
     def __init__(self, shape: Iterable[int], n_flows: int = 4, n_hidden: int = 1024):
         super().__init__()
@@ -200,20 +201,20 @@ class Flow(nn.Module):
 
 
 class HistogramCoupling(nn.Module):
-    """Maps the pixels of the ranks first … last − 1 to their latents, given those of lower rank.
+    """Maps the pixels of the ranks first … stop − 1 to their latents, given those of lower rank.
 
     Args:
         embedding: of pixel values, shared by all couplings; where None they are numbers.
-        rank: of each pixel, (C, H, W); no channel has a lower rank in it than the one before.
-        first, last: of the pixels to map.
+        rank: of each pixel, (C, H, W); all in a channel are above all in the one before.
+        first, stop: ranks of the pixels to map.
         n_hidden, n_layers: channels, and residual layers, of the network.
     """
 
-    def __init__(self, embedding: nn.Embedding | None, rank: Tensor, first: int, last: int,
+    def __init__(self, embedding: nn.Embedding | None, rank: Tensor, first: int, stop: int,
                  n_hidden: int = 64, n_layers: int = 1):
         super().__init__()
         self.embedding = embedding
-        target, known = (first <= rank) & (rank < last), rank < first
+        target, known = (first <= rank) & (rank < stop), rank < first
         channels = target.any(2).any(1).nonzero()[:, 0].tolist()
         self.channels = slice(channels[0], channels[-1] + 1)
         self.n_known = int(known.any(2).any(1).sum())  # channels of which anything is known
@@ -221,7 +222,7 @@ class HistogramCoupling(nn.Module):
         self.register_buffer('known', known[self.n_known - 1], persistent=False)
         edges = (1 - ALPHA) / 256 * torch.tensor(KNOTS) + ALPHA / 2
         self.register_buffer('edges', edges, persistent=False)
-        self.place = nn.Parameter(torch.zeros(n_hidden, *rank.shape[1:]))
+        self.place = nn.Parameter(torch.zeros(n_hidden, *rank.shape[1:]))  # digits are centred
         if self.n_known:
             n_inputs = self.n_known * (embedding.embedding_dim if embedding else 1)
             self.look = nn.Conv2d(n_inputs, n_hidden, 3, padding=1, bias=False)
@@ -234,17 +235,6 @@ class HistogramCoupling(nn.Module):
         with torch.no_grad():
             self.last.bias.copy_(edges.diff().log().repeat(len(channels)))  # uniform
 
-    def log_p(self, embedded: tuple[Tensor, ...]) -> Tensor:
-        """Log-probabilities of the bins, before they are normalised: (B or 1, H, W, C', K)."""
-        h = self.place[None]
-        if self.n_known:
-            *seen, partly = embedded[:self.n_known]
-            h = self.look(torch.cat([*seen, partly * self.known], dim=1))
-            h = h + self.place.to(h.dtype)
-        for layer in self.layers:
-            h = h + layer(h)
-        return self.last(F.silu(h)).movedim(1, -1).unflatten(-1, (-1, len(KNOTS) - 1))
-
     def forward(self, z: Tensor, ldj: Tensor, reverse: bool = False,
                 embedded: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor]:
         """z (B, C, H, W) to z' and ldj + log |det ∂z'/∂z|, (B,); with `reverse`, back again.
@@ -254,7 +244,15 @@ class HistogramCoupling(nn.Module):
         """
         if embedded is None:
             embedded = embed(self.embedding, z[:, :self.n_known])
-        log_p = self.log_p(embedded).to(z.dtype).log_softmax(-1)
+        h = self.place[None]
+        if self.n_known:
+            *seen, partly = embedded[:self.n_known]
+            h = self.look(torch.cat([*seen, partly * self.known], dim=1))
+            h = h + self.place.to(h.dtype)
+        for layer in self.layers:
+            h = h + layer(h)
+        logits = self.last(F.silu(h)).movedim(1, -1).unflatten(-1, (-1, len(KNOTS) - 1))
+        log_p = logits.to(z.dtype).log_softmax(-1)  # (B or 1, H, W, C', K)
         old = z[:, self.channels].movedim(1, -1).contiguous()  # (B, H, W, C')
         new, log_slope = (from_latent if reverse else to_latent)(old, log_p, self.edges.to(z))
         new = torch.where(self.target, new, old).movedim(-1, 1)
@@ -277,8 +275,10 @@ class MultiScaleFlow(nn.Module):
 
     An image is taken apart into channels, one for each place in a cell of 4 × 4 pixels, in the
     order of a dither matrix: the first is a lattice of 7 × 7 pixels, the first four one of
-    14 × 14, all of them the image. Every channel has four ranks, again by a dither matrix. Back
-    from latents the lowest ranks come first, and each coupling doubles the pixels that are there.
+    14 × 14, all of them the image. Every channel has four ranks, again by a dither matrix. From
+    images to latents the finest pixels go first, while those that they depend on are untouched;
+    back from latents the lowest ranks come first, and each coupling doubles the pixels that are
+    there, or adds `max_ranks` ranks where that is fewer.
 
     Args:
         n_hidden, n_layers: channels, and residual layers, of each coupling's network.
@@ -312,30 +312,22 @@ class MultiScaleFlow(nn.Module):
     def forward(self, z: Tensor, ldj: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """(B, 784) and (B,) through all layers, or back through them in reverse order."""
         z = F.pixel_unshuffle(z.view(-1, 1, 28, 28), CELL)[:, self.order]
-        if reverse:
-            for layer in reversed(self.layers):
-                z, ldj = layer(z, ldj, reverse=True)
-        else:
-            embedded = embed(self.embedding, z)  # for all layers: each sees untouched pixels only
-            for layer in self.layers:
-                z, ldj = layer(z, ldj, embedded=embedded)
+        embedded = None if reverse else embed(self.embedding, z)  # once: all see untouched pixels
+        for layer in reversed(self.layers) if reverse else self.layers:
+            z, ldj = layer(z, ldj, reverse, embedded)
         return F.pixel_shuffle(z[:, self.back], CELL).flatten(1), ldj
 
 
 class Model(nn.Module):
-    """Images to log p(x), and back from latents to images.
-
-    Args:
-        shape: of an image, [784].
-        flow: from logits to latents; the template's where there is none.
-    """
+    """Images of that shape to log p(x), and latents back to images; the flow is the template's if
+    none is given."""
 
     def __init__(self, shape: Iterable[int], flow: nn.Module | None = None):
         super().__init__()
         self.flow = Flow(shape) if flow is None else flow
 
     def dequantize(self, z: Tensor) -> Tensor:
-        """z + u, u ~ U[0, 1)."""
+        """z + u, u ~ U[0, 1); in float32 the sum may round up to the next whole value."""
         return z + torch.rand_like(z)
 
     def logit_normalize(self, z: Tensor, logdet: Tensor, reverse: bool = False
@@ -371,7 +363,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def sample(self, n_samples: int, temperature: float = 1.) -> Tensor:
-        """Images of z ~ N(0, temperature² I): (n_samples, 784) in [0, 256)."""
+        """Dequantised images, (n_samples, 784), of z ~ N(0, temperature² I)."""
         device = next(self.parameters()).device
         return self.decode(temperature * sample_prior((n_samples, *self.flow.z_shape), device))
 
@@ -410,7 +402,7 @@ def epoch_iter(model: Model, data: Batches, optimizer: torch.optim.Optimizer | N
 
 
 def moved(data: Batches, max_shift: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, each moved by up to so many pixels: a side's pixels enter at the other."""
+    """The batches, each rolled by up to so many pixels: what leaves a side enters opposite."""
     for images, labels in data:
         shift = tuple(torch.randint(-max_shift, max_shift + 1, (2,)).tolist())
         yield images.view(-1, 28, 28).roll(shift, (1, 2)).view(-1, PIXELS), labels
@@ -429,10 +421,10 @@ def run_epoch(model: Model, data: tuple[Batches, Batches], optimizer: torch.opti
 
 @torch.no_grad()
 def importance_weighted_bpd(model: Model, data: Batches, draws: int) -> float:
-    """−log₂ 1/K Σ_k p(x + u_k) / 784, u_k ~ U[0, 1), averaged over the images.
+    """−log₂(1/K Σ_k p(x + u_k)) / 784, u_k ~ U[0, 1)^784, averaged over the images.
 
-    In expectation a bound of −log₂ P(x) / 784 that falls with K (Hoogeboom et al., Learning
-    Discrete Distributions by Dequantization, AABI 2021).
+    Its expectation is an upper bound on −log₂ P(x) / 784 that does not rise with K (Hoogeboom et
+    al., Learning Discrete Distributions by Dequantization, AABI 2021).
     """
     total, count = 0.0, 0
     for images, _ in data:
@@ -501,7 +493,8 @@ def save_interpolations(model: Model, images: Tensor, labels: Tensor, run: runs.
 # --- the run -------------------------------------------------------------------------------------
 
 
-def build_parser() -> runs.Parser:
+def build_parser(arch: str = 'multiscale') -> runs.Parser:
+    """The flags; what is not typed depends on the architecture."""
     parser = runs.Parser(__doc__)
     add = parser.add_argument
     add('--epochs', type=runs.whole_number(1), default=40, help='default: 40')
@@ -509,30 +502,32 @@ def build_parser() -> runs.Parser:
         help="of the flow: coarse to fine, or the template's (default: multiscale)")
     add('--n_hidden', type=runs.whole_number(1),
         help="units or channels of each coupling's network (default: 64, of mlp 1024)")
-    add('--n_flows', type=runs.whole_number(1), default=4,
+    add('--n_flows', type=runs.whole_number(1, 1000), default=4,
         help='mlp: pairs of couplings (default: 4)')
-    add('--n_layers', type=runs.whole_number(0), default=1,
+    add('--n_layers', type=runs.whole_number(0, 1000), default=1,
         help="multiscale: residual layers of each coupling's network (default: 1)")
     add('--n_embedding', type=runs.whole_number(0), default=8,
         help='multiscale: size of the vector for a pixel value; 0: the value itself (default: 8)')
     add('--max_ranks', type=runs.whole_number(1), default=16,
-        help='multiscale: that a coupling maps at most, of 64; fewer are slower (default: 16)')
+        help='multiscale: ranks, of 64, that one coupling maps at most; fewer are slower '
+             '(default: 16)')
     add('--max_shift', type=runs.whole_number(0), choices=(0, 1, 2),
         help='pixels by which training images are moved, until the last fifth (default: 1, of '
              'mlp 0)')
     add('--batch_size', type=runs.whole_number(1), help='default: 128, of mlp 256')
     add('--lr', type=runs.number(0), help='at its highest (default: 1.2e-2, of mlp 1e-3)')
     add('--precision', choices=('auto', 'bf16', 'fp32'), default='auto',
-        help='of the networks in training; auto: bf16 where the hardware has it')
+        help='of the networks, but for the final figures; auto: bf16 where the hardware has it')
     parser.add_shared_arguments()
+    parser.set_defaults(**DEFAULTS[arch])
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = build_parser()
+    arch = build_parser().parse_args(argv).arch
+    parser = build_parser(arch)
     args = parser.parse_args(argv)
-    mlp = args.arch == 'mlp'
-    for name in ('n_layers', 'n_embedding', 'max_ranks') if mlp else ('n_flows',):
+    for name in ('n_layers', 'n_embedding', 'max_ranks') if arch == 'mlp' else ('n_flows',):
         if getattr(args, name) != parser.get_default(name):
             parser.error(f'--{name} has no meaning with --arch {args.arch}')
     return args
@@ -542,14 +537,10 @@ def main(args: argparse.Namespace) -> None:
     device = runs.pick_device(args.device)
     bf16 = args.precision == 'bf16' or args.precision == 'auto' and runs.has_fast_bf16(device)
     download = not (args.dry_run or args.sample)
-    typed = argparse.Namespace(**vars(args))  # what names the run
-    for name, value in DEFAULTS[args.arch].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.precision = 'bf16' if bf16 else 'fp32'
     train, val, test = mnist(args.data_dir, args.batch_size, download, args.dataset, device)
     prefix = 'nf_mlp' if args.arch == 'mlp' else 'nf'
-    name = runs.run_name(prefix, build_parser(), typed, ('arch',), train.source)
+    name = runs.run_name(prefix, build_parser(args.arch), args, ('arch',), train.source)
+    args.precision = 'bf16' if bf16 else 'fp32'
     if args.dry_run:
         args.epochs = 2
         train, val, test = train.head(3 * args.batch_size), val.head(200), test.head(200)
@@ -602,16 +593,17 @@ def main(args: argparse.Namespace) -> None:
             save_snapshot(model, run, epoch)
         run.end_epoch(row)
 
+    model.eval()  # a run resumed after its last epoch has not been here
     save_bpd_plot([row['train_bpd'] for row in run.rows], [row['val_bpd'] for row in run.rows],
                   run.path('bpd.pdf'))
+    runs.seed_all(args.seed, 'test')
     save_interpolations(model, test.images, test.labels, run)
     start = time.perf_counter()
-    runs.seed_all(args.seed, 'test')  # in float32 from here on
     decoded = test.head(N_DECODED)
     precise = torch.float32 if device.type == 'mps' else torch.float64  # mps has no other
-    model.sample(100)  # the first call is slower
+    model.sample(100).cpu()  # the first call is slower; .cpu() waits for the device
     sample_start = time.perf_counter()
-    model.sample(100)
+    model.sample(100).cpu()
     sample_seconds = time.perf_counter() - sample_start
     run.finish({
         'val_bpd': epoch_iter(model, evaluated(val)),

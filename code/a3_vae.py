@@ -296,7 +296,7 @@ def build_parser() -> runs.Parser:
     add('--epochs', type=runs.whole_number(1), default=40, help='default: 40')
     add('--zdim', type=runs.whole_number(1), default=20, help='latent dimensions (default: 20)')
     add('--hidden_dim', type=runs.whole_number(1), default=512, help='default: 512')
-    add('--n_layers', type=runs.whole_number(1), default=3,
+    add('--n_layers', type=runs.whole_number(1, 1000), default=3,
         help='hidden layers of each network (default: 3)')
     add('--skip', choices=('yes', 'no'),
         help='connections past each hidden layer (default: yes, but with fewer than 5 latent '

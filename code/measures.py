@@ -191,6 +191,8 @@ def load_classifier(folder: Path, train: Loader, val: Loader) -> DigitClassifier
             AttributeError):
         damaged = ' anew, since the file is damaged'
     print(f'{folder}: training the digit classifier{damaged}, about a minute', flush=True)
+    for path_left in folder.glob('*.tmp'):  # by a process that was killed while writing
+        path_left.unlink(missing_ok=True)
     start = time.perf_counter()
     model = train_classifier(train)
     minutes = (time.perf_counter() - start) / 60

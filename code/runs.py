@@ -22,7 +22,10 @@ import signal
 import sys
 import tempfile
 import time
+import tokenize
 import weakref
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +83,8 @@ class Parser(argparse.ArgumentParser):
             help="draw N samples from the run's checkpoint, and stop")
 
     def parse_args(self, args: list[str] | None = None, namespace: Any = None):
+        if hasattr(sys.stdout, 'reconfigure'):
+            sys.stdout.reconfigure(errors='replace')  # a terminal without Greek is no fault
         words = sys.argv[1:] if args is None else args
         parsed = super().parse_args([underscored(word) for word in words], namespace)
         if parsed.sample and (parsed.dry_run or parsed.resume):
@@ -224,10 +229,20 @@ def run_name(prefix: str, parser: Parser, args: argparse.Namespace, told: tuple[
 
 
 def script_digest(script: Path | str) -> str:
-    """The sha256 of a script's text after its docstring, which tells results but makes none."""
+    """The sha256 of a script's code without comments, docstrings and blank lines, which make no
+    result."""
     text = Path(script).read_text(encoding='utf-8')
-    docstring = ast.parse(text).body[0]
-    code = ''.join(text.splitlines(keepends=True)[docstring.end_lineno:])
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(text)):
+        if (isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+                and ast.get_docstring(node) is not None):
+            first, last = node.body[0].lineno - 1, node.body[0].end_lineno
+            lines[first:last] = [''] * (last - first)
+    code = '\n'.join(line.rstrip() for line in lines if line.strip())
     return hashlib.sha256(code.encode()).hexdigest()
 
 
@@ -308,6 +323,9 @@ class Run:
         if alike:
             self.refuse_differences(*alike)
         try:
+            with zipfile.ZipFile(path) as archive:  # torch leaves the checksums unread
+                if archive.testzip():
+                    raise ValueError('its checksums do not fit')
             saved = torch.load(path, map_location='cpu', weights_only=True)
             if saved['format'] != CHECKPOINT_FORMAT:
                 raise RunError(f'{path} is of format {saved["format"]}, '
@@ -319,7 +337,7 @@ class Run:
                 part.load_state_dict(saved['parts'][name])
             self.rows = saved['rows']
         except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError,
-                AttributeError) as error:
+                AttributeError, AssertionError, zipfile.BadZipFile, zlib.error) as error:
             reason = ('more than tensors and numbers' if isinstance(error, pickle.UnpicklingError)
                       else ' '.join(str(error).split()) or type(error).__name__)
             raise RunError(f'{path} is damaged or of another model: {reason}') from None
@@ -340,8 +358,6 @@ class Run:
             return False
         self.folder.mkdir(parents=True, exist_ok=True)
         self.hold()
-        for path in self.folder.glob('*.tmp'):  # of a run that was killed while writing
-            path.unlink()
         if self.args.resume and self.path('checkpoint.pt').is_file():
             self.refuse_differences()
             self.load()
@@ -352,6 +368,8 @@ class Run:
             self.clear()
             print(f'{self.folder}: {"dry run" if self.args.dry_run else "new run"} '
                   f'on {self.config["device"]}, {self.config["data"]["description"]}')
+        for path in self.folder.glob('*.tmp'):  # of a run that was killed while writing
+            path.unlink()
         write_atomic(self.path('config.json'), json.dumps(self.config, indent=2) + '\n')
         self.bar = tqdm(total=self.args.epochs * batches, disable=not sys.stderr.isatty(),
                         initial=max(0, len(self.rows) - 1) * batches, unit='batch', leave=False)

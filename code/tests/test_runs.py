@@ -86,6 +86,26 @@ def test_write_csv_has_a_header_empty_cells_and_six_digits(tmp_path):
                                                 '1,123457,2e-09\n')
 
 
+SCRIPT = '''"""Docstring."""
+
+
+def double(x):  # of anything
+    """Twice x."""
+    return x * 2, 'a # in a string'
+'''
+
+
+@pytest.mark.parametrize('old, new, same', [
+    ('Docstring.', 'Another.\n\nLonger.', True), ('of anything', 'of numbers', True),
+    ('Twice', 'Two times', True), ('\n\n\n', '\n', True), ('x * 2', '2 * x', False),
+    ('a # in', 'b # in', False), ('# in a', '# in the', False), ('    return', ' return', False)])
+def test_the_digest_of_a_script_is_of_its_code_and_not_of_its_prose(tmp_path, old, new, same):
+    (tmp_path / 'a.py').write_text(SCRIPT)
+    (tmp_path / 'b.py').write_text(SCRIPT.replace(old, new))
+    digests = [runs.script_digest(tmp_path / name) for name in ('a.py', 'b.py')]
+    assert (digests[0] == digests[1]) == same
+
+
 # --- the command line ----------------------------------------------------------------------------
 
 
