@@ -387,17 +387,22 @@ class Run:
         path = self.folder.with_name(f'.{self.folder.name}.lock')
         while True:
             lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            close = weakref.finalize(self, os.close, lock)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = os.read(lock, 20).decode()
+                os.close(lock)
                 raise RunError(f'{self.folder} is in use by process {holder}') from None
-            except OSError:  # a file system without locks
-                return
-            if os.fstat(lock).st_nlink:  # else its last holder has just removed it
+            except OSError:
+                pass  # a file system without locks
+            if os.fstat(lock).st_nlink:
                 break
-            close()
+            os.close(lock)  # its last holder has just removed the file
+
+        def release() -> None:
+            path.unlink(missing_ok=True)
+            os.close(lock)
+        weakref.finalize(self, release)
         os.ftruncate(lock, 0)
         os.write(lock, str(os.getpid()).encode())
 
@@ -505,7 +510,6 @@ class Run:
                                f'{self.path("checkpoint.pt")} is of epoch {self.args.epochs}',
                                status=1)
         write_atomic(self.path('metrics.json'), json.dumps(metrics, indent=2) + '\n')
-        self.folder.with_name(f'.{self.folder.name}.lock').unlink(missing_ok=True)
         width = max(map(len, metrics))
         print('\n'.join(f'  {name:{width}}  {value}' for name, value in metrics.items()))
         print(f'files in {self.folder}: '

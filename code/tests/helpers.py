@@ -16,6 +16,7 @@ from types import FrameType
 import pytest
 
 CODE = Path(__file__).resolve().parents[1]
+TIMES = ['seconds', 'train_seconds', 'total_seconds']  # the last columns of every log
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -13,7 +13,7 @@ import torch
 import a3_gan
 import a3_vae
 import measures
-from helpers import assert_one_line, read_csv, stamps, stop_twice
+from helpers import TIMES, assert_one_line, read_csv, stamps, stop_twice
 
 # The script, judged on fewer samples: most of the time of a short run goes into these.
 FEWER_SAMPLES = {'N_JUDGED': 200, 'EVAL_BATCH': 50}
@@ -30,7 +30,7 @@ MEASURES = {'frechet', 'inception_score', 'class_share_min', 'class_share_max', 
 FIXED_METRICS = MEASURES | {f'{name}_floor' for name in MEASURES} | {
     'val_frechet', 'seed', 'epochs', 'parameters', 'train_minutes', 'peak_memory_mb'}
 LOG = ['epoch', 'discriminator_loss_nats', 'generator_loss_nats', 'd_real', 'd_fake', 'r1',
-       'val_frechet', 'class_share_min', 'seconds']
+       'val_frechet', 'class_share_min', *TIMES]
 
 
 def expected_files(epochs: list[int]) -> set[str]:

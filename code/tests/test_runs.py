@@ -98,7 +98,7 @@ def double(x):  # of anything
 @pytest.mark.parametrize('old, new, same', [
     ('Docstring.', 'Another.\n\nLonger.', True), ('of anything', 'of numbers', True),
     ('Twice', 'Two times', True), ('\n\n\n', '\n', True), ('x * 2', '2 * x', False),
-    ('a # in', 'b # in', False), ('# in a', '# in the', False), ('    return', ' return', False)])
+    ('a # in', 'b # in', False), ('# in a', '# in the', False)])
 def test_the_digest_of_a_script_is_of_its_code_and_not_of_its_prose(tmp_path, old, new, same):
     (tmp_path / 'a.py').write_text(SCRIPT)
     (tmp_path / 'b.py').write_text(SCRIPT.replace(old, new))
