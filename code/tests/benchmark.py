@@ -8,8 +8,8 @@ last is the floor, and floor / step the share of it that is reached.
 
     python code/tests/benchmark.py [--data_dir DIR] [--rounds 5] [vae gan nf]
 
-Then each script is started as a user starts it, for the seconds to the end of the first epoch and
-the most memory. What share of a whole run is neither training nor test estimates is read from the
+Before that each script is started as a user starts it, for the seconds to the end of the first
+epoch and the most memory. What share of a whole run is neither training nor test estimates is read from the
 runs in `report/results/`.
 """
 
@@ -209,11 +209,11 @@ def main() -> None:
     loader, *_ = mnist(args.data_dir, 128, download=False)
     bf16 = runs.has_fast_bf16(torch.device('cpu'))
     print(runs.hardware(torch.device('cpu')))
+    for name in names:  # first, since a process starts with its parent's mark of the most memory
+        start(name, args.data_dir)
     for name in names:
         for template in (True, False):
             compare(name, template, loader, args.rounds, bf16)
-    for name in names:
-        start(name, args.data_dir)
     for path in sorted((runs.ROOT / 'report' / 'results').glob('*/metrics.json')):
         if 'other_minutes' in json.loads(path.read_text()):
             share_of_the_rest(path.parent)
