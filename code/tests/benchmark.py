@@ -9,8 +9,8 @@ last is the floor, and floor / step the share of it that is reached.
     python code/tests/benchmark.py [--data_dir DIR] [--rounds 5] [vae gan nf]
 
 Before that each script is started as a user starts it, for the seconds to the end of the first
-epoch and the most memory. What share of a whole run is neither training nor test estimates is read from the
-runs in `report/results/`.
+epoch and the most memory. What share of a whole run is neither training nor test estimates is
+read from the runs in `report/results/`.
 """
 
 import argparse
