@@ -10,8 +10,12 @@ divergence in closed form. A share of the training images is turned, scaled, she
 little until the last fifth of the epochs, against overfitting; validation, test and the curve of
 the training images never are. At the end log p(x) itself is estimated by importance sampling.
 
+With `--likelihood gaussian` the images are grey, with uniform noise added to their 256 levels, and
+x_m ~ N(f(z)_m, s(z)_m²): a density, whose bound in bits per dimension stands beside a flow's.
+
     python code/a3_vae.py --zdim 20
     python code/a3_vae.py --zdim 2
+    python code/a3_vae.py --likelihood gaussian
 
 Measured on static binarised MNIST, 40 epochs, seed 42, 1,000 importance samples, two cores of an
 AMD EPYC: `vae_z20`: val_neg_elbo_nats 91.5, test_neg_elbo_nats 90.9, test_nll_nats 87.1,
@@ -32,10 +36,12 @@ from torch import Tensor, nn
 import figures
 import runs
 from datasets.bmnist import bmnist
+from datasets.mnist import mnist
 
 PIXELS = 28 * 28
 EVAL_BATCH = 1000
 MAX_GRAD_NORM = 200.0  # of the summed gradient, usually about 100: a spike can undo epochs
+LOG_STD = (-8., 2.)  # of a Gaussian pixel in [0, 1]; that of rounding to 1/256 is about −6.8
 IW_ROWS = 4096  # decoded at once when log p(x) is estimated: what caches like, about 0.06 GB
 
 
@@ -45,12 +51,11 @@ IW_ROWS = 4096  # decoded at once when log p(x) is estimated: what caches like, 
 def bernoulli_log_likelihood(x: Tensor, logits: Tensor) -> Tensor:
     """log p(x|z) = Σ_m x_m log f_m + (1 − x_m) log(1 − f_m), f = sigmoid(logits), in nats.
 
-    Of logits a it is Σ_m (x_m − ½) a_m − log(2 cosh a_m/2), whose last term, as |a|/2 −
+    Of logits a it is Σ_m x_m a_m − log(1 + exp a_m), whose last term, as max(a, 0) −
     log sigmoid |a|, cannot overflow and takes a fraction of the time of a log1p.
     Shapes: x and logits (..., M), broadcast against each other, to (...).
     """
-    size = logits.abs()
-    return ((x - 0.5) * logits - 0.5 * size + size.sigmoid().log()).sum(-1)
+    return torch.addcmul(logits.abs().sigmoid().log() - logits.relu(), x, logits).sum(-1)
 
 
 def gaussian_kl(mean: Tensor, std: Tensor) -> Tensor:
@@ -115,36 +120,68 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """p(x|z): codes to the means of 784 Bernoulli pixels."""
 
+    n_out = PIXELS
+
     def __init__(self, hidden_dim: int = 500, z_dim: int = 20, n_layers: int = 3,
                  skip: bool = True):
         super().__init__()
-        self.net = FullyConnected(z_dim, hidden_dim, PIXELS, n_layers, skip)
+        self.net = FullyConnected(z_dim, hidden_dim, self.n_out, n_layers, skip)
         nn.init.normal_(self.net.last.weight, std=0.01)  # at first about Bernoulli(½)
 
     def logits(self, input: Tensor) -> Tensor:
         """(..., z_dim) to the logits of the means, (..., 784)."""
-        return self.net(input)
+        return self.net(input)[..., :PIXELS]  # a GaussianDecoder has more
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., z_dim) to the means, (..., 784) in (0, 1)."""
         return self.logits(input).sigmoid()
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x|z) in nats. Shapes: (..., 784) and (..., z_dim), broadcast, to (...)."""
+        return bernoulli_log_likelihood(x, self.logits(z))
+
+    def sample(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x ~ p(x|z) and its mean: (..., z_dim) to two of (..., 784), in [0, 1]."""
+        means = self(z)
+        return torch.bernoulli(means), means
+
+
+class GaussianDecoder(Decoder):
+    """p(x|z): codes to the means and standard deviations of 784 Gaussian pixels."""
+
+    n_out = 2 * PIXELS
+
+    def mean_and_std(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., z_dim) to two of (..., 784), of pixels in [0, 1]."""
+        logits, log_std = self.net(input).chunk(2, dim=-1)
+        return logits.sigmoid(), log_std.clamp(*LOG_STD).exp()
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        """The log-density of 256 x, as the grey levels are 1 apart. Shapes as for a Decoder."""
+        return gaussian_log_density(x, *self.mean_and_std(z)) - PIXELS * math.log(256)
+
+    def sample(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """As of a Decoder; what falls outside [0, 1] is drawn to its ends."""
+        means, std = self.mean_and_std(z)
+        return torch.normal(means, std).clamp(0, 1), means
 
 
 class VAE(nn.Module):
     """Encoder, prior and decoder: the lower bound, samples, and log p(x)."""
 
     def __init__(self, hidden_dim: int = 500, z_dim: int = 20, n_layers: int = 3,
-                 skip: bool = True):
+                 skip: bool = True, likelihood: str = 'bernoulli'):
         super().__init__()
         self.z_dim = z_dim
         self.encoder = Encoder(hidden_dim, z_dim, n_layers, skip)
-        self.decoder = Decoder(hidden_dim, z_dim, n_layers, skip)
+        self.decoder = {'bernoulli': Decoder, 'gaussian': GaussianDecoder}[likelihood](
+            hidden_dim, z_dim, n_layers, skip)
 
     def elbo_terms(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """One-sample estimate of E_q[log p(x|z)], and the exact KL(q ‖ p): each (B,), in nats."""
         mean, std = self.encoder(input)
         z = mean + std * torch.randn_like(std)
-        return bernoulli_log_likelihood(input, self.decoder.logits(z)), gaussian_kl(mean, std)
+        return self.decoder.log_likelihood(input, z), gaussian_kl(mean, std)
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, 784) to the average negative lower bound, in nats: equation 12 of the assignment."""
@@ -155,8 +192,7 @@ class VAE(nn.Module):
     def sample(self, n_samples: int) -> tuple[Tensor, Tensor]:
         """Ancestral samples: z ~ p(z), x ~ p(x|z). Returns (sampled_ims, im_means), (N, 784)."""
         z = torch.randn(n_samples, self.z_dim, device=next(self.parameters()).device)
-        im_means = self.decoder(z)
-        return torch.bernoulli(im_means), im_means
+        return self.decoder.sample(z)
 
     @torch.no_grad()
     def log_px(self, input: Tensor, n_samples: int) -> Tensor:
@@ -172,7 +208,7 @@ class VAE(nn.Module):
         for start in range(0, n_samples, chunk := max(1, IW_ROWS // B)):
             K = min(chunk, n_samples - start)
             z = mean + std * torch.randn(K, B, D, device=mean.device, dtype=mean.dtype)
-            log_w = (bernoulli_log_likelihood(input, self.decoder.logits(z))
+            log_w = (self.decoder.log_likelihood(input, z)
                      + gaussian_log_density(z, zero, one) - gaussian_log_density(z, mean, std))
             log_sum = torch.logaddexp(log_sum, log_w.logsumexp(0))  # log_w is (K, B)
         return log_sum - math.log(n_samples)
@@ -182,7 +218,7 @@ class VAE(nn.Module):
 
 
 def augment(images: Tensor, share: float) -> Tensor:
-    """A share of the images, turned, scaled, sheared and moved a little; binary stays binary.
+    """A share of the images, turned, scaled, sheared and moved a little; no value is new.
 
     Standard deviations: 5°, 5 %, 5 % and half a pixel. Shape (B, 784).
     """
@@ -200,10 +236,16 @@ def augment(images: Tensor, share: float) -> Tensor:
                          align_corners=False).view(B, PIXELS)
 
 
-def augmented(data: Iterable[Tensor], share: float) -> Iterator[Tensor]:
-    """The batches of images, (B, 784), a share of each augmented."""
-    for images in data:
-        yield augment(images, share) if share else images
+def prepared(data: Iterable, share: float = 0., grey: bool = False) -> Iterator[Tensor]:
+    """The batches as the model takes them, (B, 784) in [0, 1], a share of each augmented.
+
+    Binary images are ready. Grey values 0 to 255, which come with their labels, get uniform noise:
+    (x + u) / 256, u ~ U[0, 1), so that a density of them bounds their probability.
+    """
+    for batch in data:
+        images = batch[0] if grey else batch
+        images = augment(images, share) if share else images
+        yield (images + torch.rand_like(images)) / 256 if grey else images
 
 
 def epoch_iter(model: VAE, data: Iterable[Tensor], optimizer: torch.optim.Optimizer | None = None,
@@ -256,13 +298,14 @@ def learning_rate(progress: float) -> float:
 # --- figures -------------------------------------------------------------------------------------
 
 
-def save_elbo_plot(train_curve: list[float], val_curve: list[float], filename: Path) -> None:
+def save_elbo_plot(train_curve: list[float], val_curve: list[float], filename: Path,
+                   references: dict[str, float] | None = None) -> None:
     """The lower bound (not its negative) over epochs, from the untrained network on; in nats."""
     curves = {'training': [-value for value in train_curve],
               'validation': [-value for value in val_curve]}
     start = max(1, len(val_curve) // 10)
     panels = [{'ylabel': 'lower bound on log p(x), nats', 'curves': curves,
-               'references': {'784 · log ½': -PIXELS * math.log(2)}},
+               'references': references or {}},
               {'ylabel': f'the same, from epoch {start}', 'curves': curves, 'start': start}]
     figures.save_curves(filename, list(range(len(val_curve))), panels)
 
@@ -304,6 +347,8 @@ def build_parser() -> runs.Parser:
     add('--augment', type=runs.number(0, 1),
         help='share of the training images changed a little, but for the last fifth of the '
              'epochs (default: 0.8, with fewer than 5 latent dimensions 0.4)')
+    add('--likelihood', choices=('bernoulli', 'gaussian'), default='bernoulli',
+        help='of the pixels: of binarised MNIST, or of MNIST in grey (default: bernoulli)')
     add('--batch_size', type=runs.whole_number(1), default=128, help='default: 128')
     add('--lr', type=runs.number(0), default=1.5e-3, help='peak of the cycle (default: 1.5e-3)')
     add('--iw_samples', type=runs.whole_number(1), default=100,
@@ -322,8 +367,11 @@ def main(args: argparse.Namespace) -> None:
     device = runs.pick_device(args.device)
     bf16 = args.precision == 'bf16' or args.precision == 'auto' and runs.has_fast_bf16(device)
     download = not (args.dry_run or args.sample)
-    train, val, test = bmnist(args.data_dir, args.batch_size, download, args.dataset, device)
-    name = runs.run_name(f'vae_z{args.zdim}', build_parser(), args, ('zdim', 'iw_samples'),
+    grey = args.likelihood == 'gaussian'
+    train, val, test = (mnist if grey else bmnist)(args.data_dir, args.batch_size, download,
+                                                   args.dataset, device)
+    prefix = f'vae_gaussian_z{args.zdim}' if grey else f'vae_z{args.zdim}'
+    name = runs.run_name(prefix, build_parser(), args, ('zdim', 'likelihood', 'iw_samples'),
                          train.source)
     few = args.zdim < 5  # no room for slant and size as well, and sharper maps are needed
     args.skip = args.skip or ('no' if few else 'yes')
@@ -335,7 +383,8 @@ def main(args: argparse.Namespace) -> None:
     curve_train, val, test = (loader.head(10_000, EVAL_BATCH) for loader in (train, val, test))
 
     runs.seed_all(args.seed, 'weights')
-    model = VAE(args.hidden_dim, args.zdim, args.n_layers, args.skip == 'yes').to(device)
+    model = VAE(args.hidden_dim, args.zdim, args.n_layers, args.skip == 'yes',
+                args.likelihood).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     steps = args.epochs * len(train)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -344,7 +393,7 @@ def main(args: argparse.Namespace) -> None:
                    {'model': model, 'optimizer': optimizer, 'schedule': schedule})
 
     if args.sample:
-        run.load('zdim', 'hidden_dim', 'n_layers', 'skip')
+        run.load('zdim', 'hidden_dim', 'n_layers', 'skip', 'likelihood')
         model.eval()
         runs.seed_all(args.seed, f'{args.sample} samples')
         draws, means = model.sample(args.sample)
@@ -360,12 +409,13 @@ def main(args: argparse.Namespace) -> None:
     for epoch in run.epochs():
         start = time.perf_counter()
         if epoch == 0:
-            running, val_neg_elbo = None, epoch_iter(model.eval(), val, bf16=bf16)
+            running = None
+            val_neg_elbo = epoch_iter(model.eval(), prepared(val, grey=grey), bf16=bf16)
         else:
             share = args.augment if epoch <= 0.8 * args.epochs else 0.0
-            running, val_neg_elbo = run_epoch(model, (augmented(run.track(train), share), val),
-                                              optimizer, schedule=schedule, bf16=bf16)
-        train_neg_elbo = epoch_iter(model, curve_train, bf16=bf16)
+            data = prepared(run.track(train), share, grey), prepared(val, grey=grey)
+            running, val_neg_elbo = run_epoch(model, data, optimizer, schedule=schedule, bf16=bf16)
+        train_neg_elbo = epoch_iter(model, prepared(curve_train, grey=grey), bf16=bf16)
         seconds = time.perf_counter() - start
         row = {'epoch': epoch, 'train_neg_elbo_nats': train_neg_elbo,
                'val_neg_elbo_nats': val_neg_elbo, 'running_neg_elbo_nats': running,
@@ -377,30 +427,34 @@ def main(args: argparse.Namespace) -> None:
 
     model.eval()
     with torch.no_grad():
-        images = test.images[::max(1, len(test.images) // 10)][:10].float()
+        images = test.images[::max(1, len(test.images) // 10)][:10] / (256 if grey else 1)
         # spread out, since the distributed test images are sorted by class
         reconstructions = model.decoder(model.encoder(images)[0])
     save_images(run.path('reconstructions.png'), torch.cat([images, reconstructions]),
                 columns=len(images))
     save_elbo_plot([row['train_neg_elbo_nats'] for row in run.rows],
-                   [row['val_neg_elbo_nats'] for row in run.rows], run.path('elbo.pdf'))
+                   [row['val_neg_elbo_nats'] for row in run.rows], run.path('elbo.pdf'),
+                   {} if grey else {'784 · log ½': -PIXELS * math.log(2)})
 
     start = time.perf_counter()
     runs.seed_all(args.seed, 'test')  # in float32 from here on
-    val_neg_elbo = epoch_iter(model, val)
+    val_neg_elbo = epoch_iter(model, prepared(val, grey=grey))
     totals = torch.zeros(3, dtype=torch.float64)
     with torch.no_grad():
-        for images in test:
+        for images in prepared(test, grey=grey):
             log_likelihood, kl = model.elbo_terms(images)
             log_px = model.log_px(images, args.iw_samples)
             totals += torch.stack([-log_likelihood.sum(), kl.sum(), -log_px.sum()]).cpu()
     reconstruction, kl, nll = (totals / len(test.images)).tolist()
+    in_bits = {} if not grey else {
+        f'test_{name}_bpd': nats / (PIXELS * math.log(2))
+        for name, nats in (('neg_elbo', reconstruction + kl), ('nll', nll))}
     run.finish({
         'val_neg_elbo_nats': val_neg_elbo,
         'test_neg_elbo_nats': reconstruction + kl,
         'test_reconstruction_nats': reconstruction,
         'test_kl_nats': kl,
-        'test_nll_nats': nll,
+        'test_nll_nats': nll, **in_bits,
         'iw_samples': args.iw_samples,
         'parameters': sum(parameter.numel() for parameter in model.parameters()),
         'test_minutes': (time.perf_counter() - start) / 60,

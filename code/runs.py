@@ -64,30 +64,33 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def add_shared_arguments(self) -> None:
-        """The flags that all scripts share."""
+    def add_shared_arguments(self, trains: bool = True) -> None:
+        """The flags that all scripts share, and those of the ones that train a model."""
         add = self.add_argument
         add('--seed', type=whole_number(0), default=42, help='of all randomness (default: 42)')
         add('--device', default='auto', help='auto (cuda, then mps, then cpu), cpu, cuda:1, …')
         add('--data_dir', type=Path, default=ROOT / 'data',
             help='where MNIST is, or is downloaded to')
         add('--results_dir', type=Path, default=ROOT / 'report' / 'results',
-            help="where the run's folder is made")
-        add('--run', metavar='NAME', help='of that folder (default: says what is not default)')
+            help='where the folders of runs are')
+        if trains:
+            add('--run', metavar='NAME', help='of its folder (default: says what is not default)')
         add('--dataset', choices=('mnist', 'digits'),
             help='default: mnist, or where there is none the digits shipped with the project')
-        add('--resume', action='store_true', help="go on from the run's checkpoint")
+        if trains:
+            add('--resume', action='store_true', help="go on from the run's checkpoint")
         add('--dry_run', action='store_true',
             help='the whole path on a few batches, into a temporary folder, offline')
-        add('--sample', type=whole_number(1), metavar='N',
-            help="draw N samples from the run's checkpoint, and stop")
+        if trains:
+            add('--sample', type=whole_number(1), metavar='N',
+                help="draw N samples from the run's checkpoint, and stop")
 
     def parse_args(self, args: list[str] | None = None, namespace: Any = None):
         if hasattr(sys.stdout, 'reconfigure'):
             sys.stdout.reconfigure(errors='replace')  # a terminal without Greek is no fault
         words = sys.argv[1:] if args is None else args
         parsed = super().parse_args([underscored(word) for word in words], namespace)
-        if parsed.sample and (parsed.dry_run or parsed.resume):
+        if getattr(parsed, 'sample', None) and (parsed.dry_run or parsed.resume):
             self.error('--sample only draws: leave out --dry_run and --resume')
         return parsed
 
@@ -168,7 +171,7 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
                                                                                  130)
         words = [word for word in sys.argv if word != '--resume']
         print(f'\n{script}: {ended}' + (
-            '' if args.dry_run or args.sample else
+            '' if args.dry_run or getattr(args, 'sample', True) else
             f'; go on with: python {shlex.join(words)} --resume'), file=sys.stderr)
         sys.exit(status)
     except (RunError, OSError) as error:
@@ -191,7 +194,7 @@ def seed_all(seed: int, stream: int | str) -> None:
 # --- the folder ----------------------------------------------------------------------------------
 
 
-def write_atomic(path: Path | str, content: bytes | str) -> None:
+def write_atomic(path: Path | str, content: bytes | memoryview | str) -> None:
     """Write a file whole or not at all: under a temporary name beside it, then renamed."""
     path = Path(path)
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
@@ -252,6 +255,19 @@ def from_root(path: Path) -> str:
     return os.path.relpath(path, ROOT) if path.is_relative_to(ROOT.parent) else str(path)
 
 
+def describe(script: str, args: argparse.Namespace, source: dict, device: torch.device) -> dict:
+    """What `config.json` says: the script, its arguments, its data, and where it ran."""
+    return {
+        'script': Path(script).stem,
+        'script_sha256': script_digest(script),
+        'arguments': {name: from_root(value) if isinstance(value, Path) else value
+                      for name, value in vars(args).items()},
+        'data': source, 'device': str(device), 'hardware': hardware(device),
+        'versions': {'python': platform.python_version(), 'torch': torch.__version__,
+                     'numpy': np.__version__},
+    }
+
+
 def hardware(device: torch.device) -> str:
     """The processor's name and the threads used, or the accelerator's name."""
     if device.type == 'cuda':
@@ -274,6 +290,58 @@ def peak_memory_mb() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
+def load_checkpoint(path: Path, script: str, parts: dict[str, Any], rows: list[dict]) -> None:
+    """Read a checkpoint into `parts` (some or all of them) and `rows`.
+
+    Raises RunError, in one line, where it is no whole checkpoint of that script and these parts.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch leaves the checksums unread
+            if archive.testzip():
+                raise ValueError('its checksums do not fit')
+        saved = torch.load(path, map_location='cpu', weights_only=True)
+        if saved['format'] != CHECKPOINT_FORMAT:
+            raise RunError(f'{path} is of format {saved["format"]}, '
+                           f'this code reads format {CHECKPOINT_FORMAT}')
+        if saved['script'] != script:
+            raise RunError(f'{path} is of {saved["script"]}.py, not of {script}.py')
+        for name, part in parts.items():
+            part.load_state_dict(saved['parts'][name])
+        rows[:] = saved['rows']
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError,
+            AttributeError, AssertionError, zipfile.BadZipFile, zlib.error) as error:
+        reason = ('more than tensors and numbers' if isinstance(error, pickle.UnpicklingError)
+                  else ' '.join(str(error).split()) or type(error).__name__)
+        raise RunError(f'{path} is damaged or of another model: {reason}') from None
+
+
+def load_trained(folder: Path, command: str, part: str,
+                 make: Callable[[argparse.Namespace], torch.nn.Module]) -> torch.nn.Module:
+    """The trained network of a finished run, in evaluation mode.
+
+    Args:
+        folder: of the run.
+        command: that makes the run, as `a3_vae.py --zdim 20`.
+        part: of the checkpoint, as `model`.
+        make: the untrained network, from the arguments of the run.
+
+    Raises:
+        RunError: in one line, with the command, where the run is missing, unfinished or damaged.
+    """
+    script = command.split()[0].removesuffix('.py')
+    if not all((folder / name).is_file() for name in ('metrics.json', 'checkpoint.pt')):
+        raise RunError(f'{folder} is missing, unfinished or without its weights; '
+                       f'make it with: python code/{command}')
+    try:
+        arguments = json.loads((folder / 'config.json').read_text())['arguments']
+        network = make(argparse.Namespace(**arguments))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RunError(f'{folder / "config.json"} is not the config of {script}.py: '
+                       f'{error}') from None
+    load_checkpoint(folder / 'checkpoint.pt', script, {part: network}, [])
+    return network.eval()
+
+
 class Run:
     """The folder of one run, and how far the run has come.
 
@@ -294,15 +362,7 @@ class Run:
         parent = Path(tempfile.mkdtemp(prefix='a3_')) if args.dry_run else args.results_dir
         self.folder: Path = parent / name
         self.rows: list[dict] = []
-        self.config = {
-            'script': Path(script).stem,
-            'script_sha256': script_digest(script),
-            'arguments': {name: from_root(value) if isinstance(value, Path) else value
-                          for name, value in vars(args).items()},
-            'data': source, 'device': str(device), 'hardware': hardware(device),
-            'versions': {'python': platform.python_version(), 'torch': torch.__version__,
-                         'numpy': np.__version__},
-        }
+        self.config = describe(script, args, source, device)
         self.bar = tqdm(disable=True)
         self.clock = time.perf_counter()  # when the last epoch ended
         self.train_seconds = 0.  # of this epoch's batches
@@ -322,25 +382,7 @@ class Run:
             raise RunError(f'{path} does not exist: train this run first')
         if alike:
             self.refuse_differences(*alike)
-        try:
-            with zipfile.ZipFile(path) as archive:  # torch leaves the checksums unread
-                if archive.testzip():
-                    raise ValueError('its checksums do not fit')
-            saved = torch.load(path, map_location='cpu', weights_only=True)
-            if saved['format'] != CHECKPOINT_FORMAT:
-                raise RunError(f'{path} is of format {saved["format"]}, '
-                               f'this code reads format {CHECKPOINT_FORMAT}')
-            if saved['script'] != self.config['script']:
-                raise RunError(f'{path} is of {saved["script"]}.py, not of '
-                               f'{self.config["script"]}.py')
-            for name, part in self.parts.items():
-                part.load_state_dict(saved['parts'][name])
-            self.rows = saved['rows']
-        except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError,
-                AttributeError, AssertionError, zipfile.BadZipFile, zlib.error) as error:
-            reason = ('more than tensors and numbers' if isinstance(error, pickle.UnpicklingError)
-                      else ' '.join(str(error).split()) or type(error).__name__)
-            raise RunError(f'{path} is damaged or of another model: {reason}') from None
+        load_checkpoint(path, self.config['script'], self.parts, self.rows)
 
     def begin(self, batches: int) -> bool:
         """Make the folder, or with `--resume` go on from its checkpoint.
@@ -477,7 +519,7 @@ class Run:
                     'parts': {name: part.state_dict() for name, part in self.parts.items()}},
                    content)
         write_csv(self.path('log.csv'), self.rows)  # first: what the checkpoint has is not redone
-        write_atomic(self.path('checkpoint.pt'), content.getvalue())
+        write_atomic(self.path('checkpoint.pt'), content.getbuffer())  # a view: no second copy
         figures = [f'{name} {value:.4g}' for name, value in row.items()
                    if name != 'epoch' and value is not None]
         if self.bar.disable:

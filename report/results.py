@@ -1,12 +1,14 @@
 """Train and measure every run that the report shows: `make -C report results`.
 
 What has finished with the same script and arguments is skipped, what was cut off goes on from its
-checkpoint, all else starts anew. First the runs that the questions ask for, then other seeds, then
-short runs with one choice changed each, whose figures are gathered in `results/ablations_*.csv`.
+checkpoint, all else starts anew. First the runs that the questions ask for, then those that others
+are held against and other seeds, then short runs with one choice changed each, whose figures are
+gathered in `results/ablations_*.csv`, and at the end the figures that are made of several runs.
 """
 
 import argparse
 import csv
+import hashlib
 import importlib
 import json
 import shlex
@@ -38,6 +40,10 @@ MAIN = [
     Job('nf', 'a3_nf.py', 20),
     Job('nf_mlp', 'a3_nf.py --arch mlp', 16),
     Job('gan_template', f'a3_gan.py {TEMPLATE_GAN}', 16),
+    *(Job(f'vae_z{zdim}', f'a3_vae.py --zdim {zdim} --iw_samples 1000', 6) for zdim in (5, 10)),
+    Job('vae_gaussian_z20', 'a3_vae.py --likelihood gaussian --iw_samples 1000', 9),
+    *(Job(f'{model}_z{zdim}', f'a3_ae.py --model {model} --zdim {zdim}', 3)
+      for zdim in (20, 2) for model in ('ae', 'dae')),
     *(Job(f'{name}_seed{seed}', f'{command} --seed {seed}', minutes) for seed in (43, 44)
       for name, command, minutes in (('vae_z20', 'a3_vae.py --zdim 20 --iw_samples 1000', 6),
                                      ('gan', 'a3_gan.py', 9), ('nf', 'a3_nf.py', 20))),
@@ -55,6 +61,8 @@ ABLATIONS = {
             '--n_layers 0', '--max_shift 0', '--max_ranks 8 --n_layers 2', '--precision fp32'),
            2.5),
 }
+# Made of the runs above, and made anew where one of these is new.
+FIGURES = [Job('evidence', 'a3_evidence.py', 10), Job('compare', 'a3_compare.py', 6)]
 
 
 def ablation_jobs(table: str) -> list[Job]:
@@ -79,16 +87,25 @@ def finished(job: Job) -> bool | None:
                 if name not in runs.NEUTRAL and value not in (None, 'auto'))  # those are chosen
     if not alike or digest != runs.script_digest(CODE / script):
         return None
+    if any(sha256(name) != before for name, before in config.get('runs', {}).items()):
+        return None
     return (folder / 'metrics.json').is_file()
+
+
+def sha256(run: str) -> str | None:
+    """Of what the run measured; None where it has not ended."""
+    path = REPORT / 'results' / run / 'metrics.json'
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def train(job: Job, data_dir: str | None) -> None:
     """Run the job to its end. Exits with its status where that is not 0."""
     folder = REPORT / 'results' / job.folder
     script, *words = job.command.split()
-    words += ['--run', folder.name, '--results_dir', str(folder.parent), '--dataset', 'mnist']
+    words += ['--results_dir', str(folder.parent), '--dataset', 'mnist']
     words += ['--data_dir', data_dir] if data_dir else []
-    words += ['--resume'] if finished(job) is False else []
+    words += ['--run', folder.name] if job not in FIGURES else []
+    words += ['--resume'] if job not in FIGURES and finished(job) is False else []
     print(f'\n$ python {shlex.join([script, *words])}', flush=True)
     done = subprocess.run([sys.executable, str(CODE / script), *words])
     if done.returncode:
@@ -118,7 +135,7 @@ def main() -> None:
                         help="where MNIST is (default: the project's data/)")
     parser.add_argument('--plan', action='store_true', help='say what is to be done, and stop')
     args = parser.parse_args()
-    jobs = MAIN + [job for table in ABLATIONS for job in ablation_jobs(table)]
+    jobs = MAIN + [job for table in ABLATIONS for job in ablation_jobs(table)] + FIGURES
     unknown = set(args.run) - {job.folder for job in jobs}
     if unknown:
         parser.error(f'no such run: {", ".join(sorted(unknown))}')

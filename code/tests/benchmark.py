@@ -59,7 +59,7 @@ def train_vae(bf16: bool, fused: bool, template: bool) -> Train:
 
     def train(batches: Iterable) -> None:
         binary = (images.round() for images in batches)
-        a3_vae.epoch_iter(model.train(), a3_vae.augmented(binary, share), optimizer, bf16=bf16)
+        a3_vae.epoch_iter(model.train(), a3_vae.prepared(binary, share), optimizer, bf16=bf16)
     return train
 
 
