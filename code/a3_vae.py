@@ -240,7 +240,8 @@ def prepared(data: Iterable, share: float = 0., grey: bool = False) -> Iterator[
     """The batches as the model takes them, (B, 784) in [0, 1], a share of each augmented.
 
     Binary images are ready. Grey values 0 to 255, which come with their labels, get uniform noise:
-    (x + u) / 256, u ~ U[0, 1), so that a density of them bounds their probability.
+    (x + u) / 256, u ~ U[0, 1), so that a density of them bounds their probability (in float32 the
+    sum may round up to the next whole value).
     """
     for batch in data:
         images = batch[0] if grey else batch

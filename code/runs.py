@@ -326,7 +326,8 @@ def load_trained(folder: Path, command: str, part: str,
         make: the untrained network, from the arguments of the run.
 
     Raises:
-        RunError: in one line, with the command, where the run is missing, unfinished or damaged.
+        RunError: in one line, where the run is missing or unfinished (then with the command) or
+            damaged.
     """
     script = command.split()[0].removesuffix('.py')
     if not all((folder / name).is_file() for name in ('metrics.json', 'checkpoint.pt')):
@@ -335,7 +336,7 @@ def load_trained(folder: Path, command: str, part: str,
     try:
         arguments = json.loads((folder / 'config.json').read_text())['arguments']
         network = make(argparse.Namespace(**arguments))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise RunError(f'{folder / "config.json"} is not the config of {script}.py: '
                        f'{error}') from None
     load_checkpoint(folder / 'checkpoint.pt', script, {part: network}, [])

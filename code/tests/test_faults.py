@@ -31,6 +31,7 @@ import datasets.bmnist
 import datasets.common
 import datasets.digits
 import datasets.mnist
+import test_ae
 import test_gan_script
 import test_nf_script
 import test_vae_script
@@ -43,14 +44,14 @@ if sys.platform == 'win32':
     pytest.skip('signals and limits are those of POSIX', allow_module_level=True)
 
 TINY = {'a3_vae.py': (*test_vae_script.TINY, '--zdim', 2), 'a3_gan.py': test_gan_script.TINY,
-        'a3_nf.py': test_nf_script.TINY}
+        'a3_nf.py': test_nf_script.TINY, 'a3_ae.py': (*test_ae.TINY, '--model', 'dae')}
 FEW_DIGITS = (200, 100, 60)
 # A process that has the imports behind it and forks for each run: the script on these digits.
 SERVER = f"""
 import importlib, signal, sys
 sys.path.append({str(CODE / "tests")!r})
 import torch._dynamo
-import a3_gan, a3_nf, a3_vae, helpers, runs
+import a3_ae, a3_gan, a3_nf, a3_vae, helpers, runs
 from datasets import digits
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
 digits.SIZES = {FEW_DIGITS}
@@ -59,10 +60,11 @@ helpers.serve()
 script = importlib.import_module(sys.argv[0].removesuffix('.py'))
 runs.launch(script.main, script.parse_args())
 """
-CURVES = {'a3_vae.py': 'elbo.pdf', 'a3_gan.py': 'losses.pdf', 'a3_nf.py': 'bpd.pdf'}
+CURVES = {'a3_vae.py': 'elbo.pdf', 'a3_gan.py': 'losses.pdf', 'a3_nf.py': 'bpd.pdf',
+          'a3_ae.py': 'loss.pdf'}
 # The last file before the final estimates.
 LAST_FIGURE = {'a3_vae.py': 'elbo.csv', 'a3_gan.py': 'interpolations.csv',
-               'a3_nf.py': 'interpolations.png'}
+               'a3_nf.py': 'interpolations.png', 'a3_ae.py': 'loss.csv'}
 NAMES = datasets.mnist.FILES
 
 each_script = pytest.mark.parametrize('script', TINY)
@@ -494,7 +496,8 @@ def test_a_checkpoint_that_cannot_be_trusted_is_one_line_and_nothing_is_written(
 @pytest.mark.parametrize('flag', [('--resume',), ('--sample', 3)])
 def test_a_checkpoint_of_other_arguments_is_one_line_and_nothing_is_written(
         finished, stopped, run_here, flag):
-    other = {'a3_vae.py': '--hidden_dim', 'a3_gan.py': '--latent_dim', 'a3_nf.py': '--n_hidden'}
+    other = {'a3_vae.py': '--hidden_dim', 'a3_gan.py': '--latent_dim', 'a3_nf.py': '--n_hidden',
+             'a3_ae.py': '--hidden_dim'}
     done = run_here(*finished.command(stopped.parent, other[finished.script], 9,
                                       '--epochs', 1, '--run', 'other'))
     assert done.returncode == 0, done.stderr
@@ -660,7 +663,7 @@ def test_images_of_one_colour_are_no_fault(tmp_path, run_here, monkeypatch, scri
 
 
 WORDS = [(script, ('--batch_size', size)) for script in TINY for size in (2, 7, 1_000_000)] + [
-    ('a3_vae.py', ('--batch_size', 1)), ('a3_nf.py', ('--batch_size', 1)),
+    *((script, ('--batch_size', 1)) for script in ('a3_vae.py', 'a3_nf.py', 'a3_ae.py')),
     ('a3_vae.py', ('--zdim', 1000)), ('a3_gan.py', ('--latent_dim', 1000)),
     ('a3_nf.py', ('--n_hidden', 1)), ('a3_nf.py', ('--arch', 'mlp', '--n_hidden', 1))]
 
@@ -675,6 +678,8 @@ def test_extreme_sizes_are_no_fault(tmp_path, run_here, monkeypatch, script, wor
 
 @pytest.mark.parametrize('script, words', [
     ('a3_vae.py', ('--hidden_dim', 999999999)), ('a3_vae.py', ('--zdim', 999999999)),
+    ('a3_vae.py', ('--likelihood', 'gaussian', '--hidden_dim', 999999999)),
+    ('a3_ae.py', ('--hidden_dim', 999999999)), ('a3_ae.py', ('--zdim', 999999999)),
     ('a3_gan.py', ('--latent_dim', 999999999)), ('a3_nf.py', ('--n_hidden', 999999999)),
     ('a3_nf.py', ('--n_embedding', 999999999)),
     ('a3_nf.py', ('--arch', 'mlp', '--n_hidden', 999999999))])

@@ -59,7 +59,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 # --- files ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('content, read', [('π\n', Path.read_text), (b'\0\xff', Path.read_bytes)])
+@pytest.mark.parametrize('content, read', [('π\n', Path.read_text), (b'\0\xff', Path.read_bytes),
+                                           (memoryview(b'\0\xff'), Path.read_bytes)])
 def test_write_atomic_replaces_the_content(tmp_path, content, read):
     path = tmp_path / 'file'
     path.write_text('much longer, and older')
@@ -175,6 +176,24 @@ def test_run_cannot_leave_the_results_folder(tmp_path, name):
         runs.Run(__file__, args, name, SOURCE, torch.device('cpu'), {})
 
 
+def parser_of_what_trains_nothing() -> runs.Parser:
+    parser = runs.Parser('a script of these tests')
+    parser.add_shared_arguments(trains=False)
+    return parser
+
+
+def test_a_script_that_trains_nothing_has_the_shared_flags_but_those_of_a_run(capsys):
+    shared, of_runs = (set(vars(parser.parse_args([]))) for parser in
+                       (parser_of_what_trains_nothing(), build_parser()))
+    assert shared == {'seed', 'device', 'data_dir', 'results_dir', 'dataset', 'dry_run'}
+    assert of_runs >= shared | {'run', 'resume', 'sample'}
+    for words in (['--resume'], ['--run', 'a'], ['--sample', '3']):
+        with pytest.raises(SystemExit, match='^2$'):
+            parser_of_what_trains_nothing().parse_args(words)
+        message = capsys.readouterr().err
+        assert message.count('\n') == 1 and f'unknown flag {words[0]}' in message
+
+
 # --- seeds, devices, endings ---------------------------------------------------------------------
 
 
@@ -216,6 +235,22 @@ def test_launch_tells_what_a_user_can_mend_in_one_line(capsys, monkeypatch, erro
         runs.launch(main, argparse.Namespace(dry_run=False, sample=None))
     message = capsys.readouterr().err
     assert message.endswith(line) and message.lstrip('\n').count('\n') == 1
+
+
+@pytest.mark.parametrize('error, status, line', [
+    (KeyboardInterrupt, 130, '\nscript.py: interrupted\n'),
+    (runs.Terminated, 143, '\nscript.py: terminated\n')])
+@pytest.mark.parametrize('parser, words', [
+    (parser_of_what_trains_nothing, []), (build_parser, ['--dry_run']),
+    (build_parser, ['--sample', '3'])])
+def test_what_cannot_be_resumed_ends_without_a_word_of_it(capsys, monkeypatch, parser, words,
+                                                          error, status, line):
+    def main(args: argparse.Namespace) -> None:
+        raise error
+    monkeypatch.setattr('sys.argv', ['script.py', '--seed', '1'])
+    with pytest.raises(SystemExit, match=f'^{status}$'):
+        runs.launch(main, parser().parse_args(words))
+    assert capsys.readouterr().err == line
 
 
 def test_launch_hides_no_fault_of_the_code(monkeypatch):
@@ -397,6 +432,80 @@ def test_a_checkpoint_is_never_run_as_code(tmp_path, straight, dump):
         torch.save(payload, path)
     assert_refused(make_run(straight.parent), 'damaged')
     assert not (tmp_path / 'it_ran').exists()
+
+
+# --- the network of a finished run ---------------------------------------------------------------
+
+COMMAND = 'test_runs.py --n_layers 2'
+
+
+def make_network(args: argparse.Namespace) -> nn.Module:
+    return nn.Linear(2, args.n_layers, bias=False)
+
+
+def assert_not_loaded(folder: Path, reason: str, command: str = COMMAND, part: str = 'model',
+                      make: Callable = make_network) -> None:
+    with pytest.raises(runs.RunError, match=reason) as caught:
+        runs.load_trained(folder, command, part, make)
+    message = str(caught.value)
+    assert str(folder) in message and '\n' not in message and caught.value.status == 2
+
+
+@pytest.fixture
+def trained(tmp_path) -> Path:
+    """The folder of a finished run with an argument that is not at its default."""
+    run = make_run(tmp_path, '--n_layers', '2')
+    run.parts['optimizer'] = torch.optim.SGD(run.parts['model'].parameters(), lr=1.)
+    train(run)
+    return tmp_path / 'a_run'
+
+
+def test_a_trained_network_is_that_of_the_checkpoint_in_evaluation_mode(trained):
+    before = contents(trained)
+    network = runs.load_trained(trained, COMMAND, 'model', make_network)
+    parts = torch.load(trained / 'checkpoint.pt', weights_only=True)['parts']
+    assert torch.equal(network.weight, parts['model']['weight']) and 'optimizer' in parts
+    assert not network.training and contents(trained) == before
+
+
+@pytest.mark.parametrize('missing', ['metrics.json', 'checkpoint.pt', 'the folder'])
+def test_a_run_that_is_missing_or_unfinished_is_named_with_the_command_that_makes_it(
+        trained, missing):
+    if missing == 'the folder':
+        trained = trained / missing
+    else:
+        (trained / missing).unlink()
+    assert_not_loaded(trained, r'make it with: python code/test_runs\.py --n_layers 2$')
+
+
+def test_the_network_of_another_script_is_refused(trained):
+    assert_not_loaded(trained, r'is of test_runs\.py, not of a3_vae\.py', 'a3_vae.py --zdim 2')
+
+
+@pytest.mark.parametrize('share', [0., 0.5, 0.99])
+def test_the_network_of_a_truncated_checkpoint_is_refused(trained, share):
+    path = trained / 'checkpoint.pt'
+    path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
+    assert_not_loaded(trained, 'checkpoint.pt is damaged')
+
+
+@pytest.mark.parametrize('part, make', [
+    ('model', lambda args: nn.Linear(2, args.n_layers + 1, bias=False)),
+    ('model', lambda args: nn.Linear(2, args.n_layers)), ('averaged', make_network)])
+def test_a_network_of_another_shape_or_name_is_refused(trained, part, make):
+    assert_not_loaded(trained, 'checkpoint.pt is damaged or of another model', part=part,
+                      make=make)
+
+
+@pytest.mark.parametrize('config', [None, '', '[]', '{"arguments": {}}', '{"arguments": [3]}',
+                                    '{"arguments": {"n_layers": null}}', '{"other": 3}', b'\xff'])
+def test_a_config_without_what_the_network_is_made_of_is_refused(trained, config):
+    path = trained / 'config.json'
+    if config is None:
+        path.unlink()
+    else:
+        path.write_bytes(config if isinstance(config, bytes) else config.encode())
+    assert_not_loaded(trained, r'config\.json is not the config of test_runs\.py')
 
 
 # --- figures -------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ DRY_RUNS = {  # the folder, and what is in it beside the files of every run
         'elbo.pdf', 'elbo.csv', 'reconstructions.png',
         *(f'samples_epoch0{epoch}_{kind}.png' for epoch in range(3)
           for kind in ('draws', 'means'))}),
+    'a3_ae.py': ('ae_z20_digits', {'loss.pdf', 'loss.csv', 'reconstructions.png',
+                                   'decodings.png'}),
     'a3_gan.py': ('gan_digits', {
         'losses.pdf', 'losses.csv', 'interpolation.png', 'interpolations.png',
         'interpolations.csv', *(f'samples_epoch00{epoch}.png' for epoch in range(3))}),

@@ -14,6 +14,7 @@ from a3_vae import (
     VAE,
     Decoder,
     Encoder,
+    GaussianDecoder,
     augment,
     bernoulli_log_likelihood,
     epoch_iter,
@@ -21,6 +22,7 @@ from a3_vae import (
     gaussian_log_density,
     learning_rate,
     manifold_grid,
+    prepared,
     run_epoch,
 )
 
@@ -31,6 +33,10 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 def bits(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return (random(*shape, seed=seed) > 0.3).to(dtype)
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def off_by_errors(samples: Tensor, expected: Tensor | float) -> float:
@@ -89,25 +95,35 @@ def test_manifold_grid_is_the_ppf_of_an_even_grid_right_and_up(steps):
 # --- the bounds, against log p(x) by quadrature --------------------------------------------------
 
 
-def random_vae(z_dim: int, logit_std: float = 0.12) -> VAE:
+def random_vae(z_dim: int, logit_std: float = 0.12, likelihood: str = 'bernoulli') -> VAE:
     """A float64 VAE of random weights whose posterior is neither the prior nor its own q(z|x)."""
     torch.manual_seed(3)
-    model = VAE(hidden_dim=16, z_dim=z_dim).double().eval()
+    model = VAE(hidden_dim=16, z_dim=z_dim, likelihood=likelihood).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=1 / math.sqrt(parameter.shape[-1]))
         *_, weight, bias = model.decoder.parameters()  # of the map to the logits
         weight *= logit_std / model.decoder.logits(random(1000, z_dim)).std(0).mean()
+        if likelihood == 'gaussian':
+            weight[PIXELS:] *= 0.1  # of the pixels' deviations, which would say much of z
+            bias[PIXELS:] -= 0.5
         *_, weight, bias = model.encoder.parameters()
         weight *= 0.3 / model.encoder.net(2 * bits(1000, PIXELS) - 1).std(0).mean()
         bias[z_dim:] = 0.3  # a wide q: no rare, heavy importance weights
     return model
 
 
-def log_likelihood_by_softplus(model: VAE, x: Tensor, z: Tensor) -> Tensor:
+def log_likelihood_by_softplus(decoder: Decoder, x: Tensor, z: Tensor) -> Tensor:
     """log p(x|z) for every pair, written otherwise than in the script: (M, D), (Z, D) → (Z, M)."""
-    logits = model.decoder.logits(z)
+    logits = decoder.logits(z)
     return logits @ x.T - nn.functional.softplus(logits).sum(-1, keepdim=True)
+
+
+def log_density_of_grey_values(decoder: GaussianDecoder, x: Tensor, z: Tensor) -> Tensor:
+    """log p(256 x|z) of means and deviations on the scale of the grey values: broadcast."""
+    logits, log_std = decoder.net(z).chunk(2, dim=-1)
+    pixels = distributions.Normal(256 / (1 + (-logits).exp()), 256 * log_std.exp())
+    return pixels.log_prob(256 * x).sum(-1)
 
 
 def grid(z_dim: int) -> tuple[Tensor, float]:
@@ -119,12 +135,18 @@ def grid(z_dim: int) -> tuple[Tensor, float]:
 class Bounds:
     """One random VAE, some images, and exact values for them by quadrature."""
 
-    def __init__(self, z_dim: int):
-        self.model, self.x = random_vae(z_dim), bits(3, PIXELS, seed=5)
+    def __init__(self, z_dim: int, likelihood: str):
+        grey = likelihood == 'gaussian'
+        self.model = random_vae(z_dim, likelihood=likelihood)
+        self.x = bits(3, PIXELS, seed=5)
+        if grey:
+            self.x = (255 * self.x + uniform(3, PIXELS)) / 256
         z, cell = grid(z_dim)
         with torch.no_grad():
             self.mean, self.std = self.model.encoder(self.x)
-            log_likelihood = log_likelihood_by_softplus(self.model, self.x, z)
+            log_likelihood = (
+                log_density_of_grey_values(self.model.decoder, self.x, z[:, None]) if grey else
+                log_likelihood_by_softplus(self.model.decoder, self.x, z))
         log_prior = distributions.Normal(0., 1.).log_prob(z).sum(-1)[:, None]
         log_q = distributions.Normal(self.mean, self.std).log_prob(z[:, None]).sum(-1)  # (Z, 3)
         self.log_px = (log_likelihood + log_prior).logsumexp(0) + math.log(cell)
@@ -139,9 +161,10 @@ class Bounds:
             return estimate(self.x.repeat(n, 1)).view(n, 3)
 
 
-@pytest.fixture(scope='module', params=[1, 2], ids=['z1', 'z2'])
+@pytest.fixture(scope='module', params=[(1, 'bernoulli'), (2, 'bernoulli'), (1, 'gaussian')],
+                ids=['z1', 'z2', 'gaussian_z1'])
 def bounds(request) -> Bounds:
-    return Bounds(request.param)
+    return Bounds(*request.param)
 
 
 def test_quadrature_finds_a_gap_worth_estimating(bounds):
@@ -198,15 +221,18 @@ def test_log_px_stays_finite_where_likelihoods_underflow():
 
 # --- the modules ---------------------------------------------------------------------------------
 
+both_likelihoods = pytest.mark.parametrize('likelihood', ['bernoulli', 'gaussian'])
 
+
+@both_likelihoods
 @pytest.mark.parametrize('hidden_dim, z_dim', [(500, 20), (16, 1)])
-def test_shapes_are_those_of_the_template(hidden_dim, z_dim):
+def test_shapes_are_those_of_the_template(hidden_dim, z_dim, likelihood):
     x = bits(7, PIXELS, dtype=torch.float32)
     mean, std = Encoder(hidden_dim, z_dim)(x)
     assert mean.shape == std.shape == (7, z_dim)
-    means = Decoder(hidden_dim, z_dim)(mean)
+    model = VAE(hidden_dim=hidden_dim, z_dim=z_dim, likelihood=likelihood)
+    means = model.decoder(mean)
     assert means.shape == (7, PIXELS) and (means > 0).all() and (means < 1).all()
-    model = VAE(hidden_dim=hidden_dim, z_dim=z_dim)
     assert model(x).shape == ()
     sampled_ims, im_means = model.sample(3)
     assert sampled_ims.shape == im_means.shape == (3, PIXELS)
@@ -257,12 +283,13 @@ def test_std_is_positive_and_finite_whatever_the_encoder_says(extreme):
     assert (std > 0).all() and gaussian_kl(mean, std).isfinite().all()
 
 
-def test_gradients_reach_every_parameter():
+@both_likelihoods
+def test_gradients_reach_every_unit_of_every_layer(likelihood):
     torch.manual_seed(0)
-    model = VAE(hidden_dim=16, z_dim=2)
+    model = VAE(hidden_dim=16, z_dim=2, likelihood=likelihood)
     model(bits(50, PIXELS, dtype=torch.float32)).backward()
-    assert [name for name, parameter in model.named_parameters()
-            if parameter.grad is None or not parameter.grad.any()] == []
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None
+            or not parameter.grad.view(len(parameter), -1).any(1).all()] == []
 
 
 def test_the_likelihood_alone_teaches_mean_and_std():
@@ -274,8 +301,9 @@ def test_the_likelihood_alone_teaches_mean_and_std():
         assert (gradient != 0).all()
 
 
-def test_decoder_is_the_sigmoid_of_its_logits():
-    decoder, z = random_vae(z_dim=3).decoder, random(2, 5, 3)
+@both_likelihoods
+def test_decoder_is_the_sigmoid_of_its_logits(likelihood):
+    decoder, z = random_vae(z_dim=3, likelihood=likelihood).decoder, random(2, 5, 3)
     torch.testing.assert_close(decoder(z), 1 / (1 + (-decoder.logits(z)).exp()))
 
 
@@ -303,6 +331,69 @@ def test_samples_come_from_the_prior_and_from_the_seed():
     assert torch.equal(draws, again[0]) and torch.equal(means, again[1])
     assert not torch.equal(means, model.sample(5000)[1])
     assert off_by_errors(codes[0], 0.) < 4 and off_by_errors(codes[0].square(), 1.) < 4
+
+
+# --- grey pixels ---------------------------------------------------------------------------------
+
+
+def gaussian_vae(means: Tensor | float, stds: Tensor | float) -> VAE:
+    """A VAE whose pixels have these means and deviations and whose posterior is the prior."""
+    model = VAE(hidden_dim=16, z_dim=2, likelihood='gaussian').eval()
+    nn.init.zeros_(model.encoder.net.last.weight)
+    nn.init.zeros_(model.encoder.net.last.bias)
+    nn.init.zeros_(model.decoder.net.last.weight)
+    with torch.no_grad():
+        bias = model.decoder.net.last.bias
+        bias[:PIXELS] = torch.as_tensor(means).logit()
+        bias[PIXELS:] = torch.as_tensor(stds).log()
+    return model
+
+
+@pytest.mark.parametrize('x_shape, z_shape', [((5, PIXELS), (5, 3)), ((5, PIXELS), (4, 5, 3)),
+                                              ((PIXELS,), (5, 3)), ((4, 1, PIXELS), (5, 3))])
+@pytest.mark.parametrize('logit_std', [0.1, 1.])
+def test_gaussian_log_likelihood_is_the_density_of_the_grey_values(x_shape, z_shape, logit_std):
+    decoder = random_vae(3, logit_std, 'gaussian').decoder
+    x, z = uniform(*x_shape), random(*z_shape, seed=1)
+    torch.testing.assert_close(decoder.log_likelihood(x, z),
+                               log_density_of_grey_values(decoder, x, z))
+
+
+@pytest.mark.parametrize('height, distance, bpd', [  # of the density of x, against the uniform one
+    (1., 0., 8.), (256., 0., 0.), (0.5, 0., 9.), (4., 1., 6 + 0.5 / math.log(2))])
+def test_bits_per_dimension_of_one_gaussian_are_those_worked_by_hand(height, distance, bpd):
+    std = 1 / (math.sqrt(2 * math.pi) * height)
+    model, x = gaussian_vae(0.5, std), torch.full((3, PIXELS), 0.5 + distance * std)
+    bits_per_image = torch.cat([model(x)[None], -model.log_px(x, 7)]) / math.log(2)
+    assert (bits_per_image / PIXELS).tolist() == pytest.approx([bpd] * 4, abs=1e-4)
+
+
+def test_gaussian_pixels_are_drawn_with_the_means_and_deviations_of_the_decoder():
+    mean, std = torch.linspace(0.3, 0.7, PIXELS), torch.logspace(-1.3, -3, PIXELS)
+    torch.manual_seed(1)
+    draws, means = gaussian_vae(mean, std).sample(3000)
+    torch.testing.assert_close(means, mean.expand(3000, PIXELS))
+    assert off_by_errors(draws, mean) < 5
+    assert off_by_errors((draws - mean).square(), std.square()) < 5
+
+
+def test_gaussian_pixels_outside_0_and_1_are_drawn_to_the_ends():
+    torch.manual_seed(1)
+    draws, means = gaussian_vae(0.5, 2.).sample(100)
+    assert draws.min() == 0 and draws.max() == 1 and (means == 0.5).all()
+    outside = scipy.stats.norm.cdf(-0.25)  # on each side
+    assert (draws == 0).double().mean().item() == pytest.approx(outside, abs=0.01)
+    assert (draws == 1).double().mean().item() == pytest.approx(outside, abs=0.01)
+
+
+@pytest.mark.parametrize('extreme', [-1e6, 1e6])
+def test_the_deviation_of_pixels_is_bounded_whatever_the_decoder_says(extreme):
+    model = VAE(hidden_dim=16, z_dim=4, likelihood='gaussian')
+    nn.init.constant_(model.decoder.net.last.bias, extreme)
+    _, std = model.decoder.mean_and_std(random(3, 4, dtype=torch.float32))
+    assert std.min() > 1e-4 and std.max() < 10
+    x = bits(3, PIXELS, dtype=torch.float32)
+    assert model(x).isfinite() and model.log_px(x, 3).isfinite().all()
 
 
 # --- the loops -----------------------------------------------------------------------------------
@@ -431,3 +522,44 @@ def test_changes_are_small_and_to_no_side():
     for place in (rows, columns):
         shift = changed @ place.float() / changed.sum(1) - images @ place.float() / images.sum(1)
         assert 0.2 < shift.std() < 1.5 and off_by_errors(shift, 0.) < 4
+
+
+# --- batches as the model takes them -------------------------------------------------------------
+
+
+def test_binary_batches_are_ready_as_they_are():
+    images = strokes(50)
+    assert [batch is images for batch in prepared([images, images])] == [True, True]
+
+
+def test_binary_batches_are_augmented_in_that_share():
+    images = strokes(50)
+    torch.manual_seed(1)
+    [batch] = prepared([images], 0.5)
+    torch.manual_seed(1)
+    assert torch.equal(batch, augment(images, 0.5)) and not torch.equal(batch, images)
+
+
+def grey_levels(n: int) -> Tensor:
+    return (torch.arange(n * PIXELS) % 256).double().view(n, PIXELS)
+
+
+def test_grey_values_get_noise_within_their_level():
+    images, labels = grey_levels(20), torch.zeros(20)
+    torch.manual_seed(1)
+    first, second = prepared([(images, labels), (images, labels)], grey=True)
+    assert first.min() >= 0 and first.max() < 1 and torch.equal((256 * first).floor(), images)
+    assert not torch.equal(first, second)
+    noise = 256 * first - images
+    assert scipy.stats.kstest(noise.flatten().numpy(), 'uniform').pvalue > 1e-3
+    assert len(noise.unique()) == noise.numel() and torch.equal(images, grey_levels(20))
+
+
+def test_grey_values_are_moved_first_and_get_noise_then():
+    images = 90 * strokes(50) + 37
+    torch.manual_seed(1)
+    [batch] = prepared([(images, torch.zeros(50))], 1., grey=True)
+    levels = (256 * batch).floor()
+    assert levels.unique().tolist() == [0, 37, 127]  # 0 comes from beyond the edge
+    assert (levels != images).any(1).double().mean() > 0.9
+    assert batch.min() > 0  # beyond the edge there is noise too

@@ -4,15 +4,21 @@ import json
 import math
 import re
 
+import matplotlib.image
+import numpy as np
 import pytest
 import torch
 
 import a3_vae
+import runs
+from datasets import digits
+from conftest import FEWER_DIGITS
 from helpers import TIMES, assert_one_line, read_csv, stamps, stop_twice
 
 TINY = ('--dataset', 'digits', '--hidden_dim', 16, '--n_layers', 1, '--batch_size', 50,
         '--iw_samples', 2, '--seed', 7)
 TWO = (*TINY, '--zdim', 2, '--epochs', 4, '--run', 'two')
+GREY = (*TINY, '--likelihood', 'gaussian', '--zdim', 2, '--epochs', 4)
 FIXED_METRICS = {'val_neg_elbo_nats', 'test_neg_elbo_nats', 'test_nll_nats', 'seed', 'epochs',
                  'parameters', 'train_minutes', 'peak_memory_mb'}
 
@@ -57,7 +63,7 @@ def test_the_log_has_a_row_for_each_epoch_from_the_untrained_network_on(finished
 
 def test_metrics_have_the_fixed_names_and_agree(finished):
     metrics = json.loads((finished[0] / 'metrics.json').read_text())
-    assert set(metrics) >= FIXED_METRICS
+    assert set(metrics) >= FIXED_METRICS and not [name for name in metrics if 'bpd' in name]
     assert metrics['seed'] == 7 and metrics['epochs'] == 4
     assert metrics['test_neg_elbo_nats'] == pytest.approx(
         metrics['test_reconstruction_nats'] + metrics['test_kl_nats'], rel=1e-5)
@@ -113,6 +119,15 @@ def test_resuming_with_another_argument_is_refused(copied, run_here):
     assert stamps(copied) == before
 
 
+@pytest.mark.parametrize('flag', [('--resume',), ('--sample', 3)])
+def test_going_on_with_another_likelihood_is_refused(copied, run_here, flag):
+    before = stamps(copied)
+    done = run_here('a3_vae.py', *TWO, '--results_dir', copied.parent, *flag,
+                    '--likelihood', 'gaussian')
+    assert_one_line(done, 'is another run: likelihood was bernoulli, is now gaussian')
+    assert stamps(copied) == before
+
+
 def test_sample_writes_a_grid_and_changes_nothing_else(copied, run_here):
     before = stamps(copied)
     done = run_here('a3_vae.py', *TWO, '--results_dir', copied.parent, '--sample', 3)
@@ -155,3 +170,81 @@ def test_the_template_has_its_flags_and_defaults():
     assert (args.epochs, args.zdim, args.seed) == (40, 20, 42)
     args = a3_vae.parse_args(['--epochs', '3', '--zdim', '5'])
     assert (args.epochs, args.zdim) == (3, 5)
+
+
+# --- grey images ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def grey(tmp_path_factory, read_run):
+    """The folder of a finished run on grey images, and what was in it when the run ended."""
+    results = tmp_path_factory.mktemp('grey')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, 'SIZES', FEWER_DIGITS)
+        a3_vae.main(a3_vae.parse_args([*map(str, GREY), f'--results_dir={results}']))
+    [folder] = results.iterdir()
+    return folder, read_run(folder)
+
+
+def test_the_folder_of_a_run_on_grey_images_says_so_and_has_the_same_files(grey):
+    folder, left = grey
+    assert re.fullmatch('vae_gaussian_z2_epochs4_.*_seed7_digits', folder.name)
+    assert not re.search('likelihood|iwsamples', folder.name)
+    assert set(left) == expected_files([0, 1, 2, 3, 4], zdim=2)
+    assert left['config.json']['data']['description'].count('binarised') == 0
+
+
+def test_bits_per_dimension_are_those_of_the_nats(grey):
+    metrics = json.loads((grey[0] / 'metrics.json').read_text())
+    assert set(metrics) >= FIXED_METRICS
+    for name in ('neg_elbo', 'nll'):
+        assert metrics[f'test_{name}_bpd'] == pytest.approx(
+            metrics[f'test_{name}_nats'] / (784 * math.log(2)), rel=1e-5)
+
+
+def test_grey_pixels_cost_nine_bits_untrained_and_fewer_later(grey):
+    rows = read_csv(grey[0] / 'log.csv')
+    for name in ('train_neg_elbo_nats', 'val_neg_elbo_nats'):
+        bpd = [float(row[name]) / (784 * math.log(2)) for row in rows]
+        assert 9.3 < bpd[0] < 9.6  # log2(256 sqrt(2 pi)) = 9.33, and something for the distance
+        assert bpd[-1] < bpd[0] - 0.5
+    curve = read_csv(grey[0] / 'elbo.csv')
+    assert [float(row['training']) for row in curve] == [-float(row['train_neg_elbo_nats'])
+                                                         for row in rows]
+
+
+def test_a_run_on_grey_images_interrupted_and_resumed_ends_as_one_never_stopped(
+        grey, tmp_path, monkeypatch, run_here, read_run):
+    end_epoch = runs.Run.end_epoch
+
+    def interrupt(run: runs.Run, row: dict) -> None:
+        end_epoch(run, row)
+        if row['epoch'] == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, 'end_epoch', interrupt)
+        assert run_here('a3_vae.py', *GREY, '--results_dir', tmp_path).returncode == 130
+    torch.manual_seed(99)  # another process has another state
+    done = run_here('a3_vae.py', *GREY, '--results_dir', tmp_path, '--resume')
+    assert done.returncode == 0 and 'going on after epoch 2' in done.stdout
+    assert read_run(tmp_path / grey[0].name) == grey[1]
+
+
+def test_grey_samples_are_drawn_around_their_means(grey, run_here):
+    folder, left = grey
+    done = run_here('a3_vae.py', *GREY, '--results_dir', folder.parent, '--sample', 4)
+    assert done.returncode == 0, done.stderr
+    draws, means = (matplotlib.image.imread(folder / f'sample_{kind}.png')
+                    for kind in ('draws', 'means'))
+    assert draws.shape == means.shape
+    assert len(np.unique(draws)) > 50 and np.abs(draws - means).mean() > 0.01
+    assert set(left) < {path.name for path in folder.iterdir()}
+
+
+def test_a_dry_run_on_grey_images_ends_with_bits(tmp_path, run_here, monkeypatch):
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+    done = run_here('a3_vae.py', '--likelihood', 'gaussian', '--dry_run', '--dataset', 'digits')
+    assert done.returncode == 0, done.stderr
+    [metrics] = tmp_path.glob('a3_*/vae_gaussian_z20_digits/metrics.json')
+    assert 5 < json.loads(metrics.read_text())['test_nll_bpd'] < 10
