@@ -24,8 +24,8 @@ autoregressive model, group by group.
     python code/a3_nf.py --arch mlp
 
 Measured on MNIST, 40 epochs, seed 42, two cores of an AMD EPYC: `nf`: val_bpd 1.007, test_bpd
-0.994, train_minutes 23.9, sample_seconds_per_100 0.03, parameters 337836; `nf_mlp`: val_bpd
-1.641, test_bpd 1.632, test_bpd_iw 1.590, train_minutes 12.3, parameters 18045056.
+0.994, train_minutes 23.9, sample_seconds_per_100 0.03, parameters 337836; `nf_mlp`: val_bpd 1.641,
+test_bpd 1.632, test_bpd_iw 1.590, train_minutes 12.3, parameters 18045056.
 """
 
 import argparse

@@ -19,8 +19,8 @@ x_m ~ N(f(z)_m, s(z)_m²): a density, whose bound in bits per dimension stands b
 
 Measured on static binarised MNIST, 40 epochs, seed 42, 1,000 importance samples, two cores of an
 AMD EPYC: `vae_z20`: val_neg_elbo_nats 91.5, test_neg_elbo_nats 90.9, test_nll_nats 87.1,
-train_minutes 3.1; `vae_z2`: val_neg_elbo_nats 135.6, test_neg_elbo_nats 134.9, test_nll_nats
-132.7, train_minutes 2.9.
+train_minutes 2.6; `vae_z2`: val_neg_elbo_nats 135.6, test_neg_elbo_nats 134.8, test_nll_nats
+132.6, train_minutes 2.4.
 """
 
 import argparse
