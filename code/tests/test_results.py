@@ -16,8 +16,8 @@ from helpers import CODE
 SPEC = importlib.util.spec_from_file_location('results', CODE.parent / 'report' / 'results.py')
 results = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(results)
-ALL_JOBS = results.MAIN + [job for table in results.ABLATIONS
-                           for job in results.ablation_jobs(table)]
+ALL_JOBS = results.MAIN + results.FIGURES + [job for table in results.ABLATIONS
+                                             for job in results.ablation_jobs(table)]
 JOB = results.Job('flow', 'a3_nf.py --arch mlp --epochs 3', 1)
 
 
@@ -88,6 +88,26 @@ def test_a_cut_off_run_is_resumed_and_a_failure_is_passed_on(folder, monkeypatch
     with pytest.raises(SystemExit, match='^137$'):
         results.train(JOB, None)
     assert not {'--resume', '--data_dir'} & set(started[1])
+
+
+def test_figures_of_several_runs_are_made_again_where_one_of_these_is_new(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, 'REPORT', tmp_path)
+    job, commands = results.FIGURES[0], []
+    for name in ('vae', job.folder):
+        (tmp_path / 'results' / name).mkdir(parents=True)
+        (tmp_path / 'results' / name / 'metrics.json').write_text('{}')
+    script, *words = job.command.split()
+    args = importlib.import_module(script.removesuffix('.py')).parse_args(words)
+    config = runs.describe(str(CODE / script), args, {'sha256': {}}, torch.device('cpu'))
+    path = tmp_path / 'results' / job.folder / 'config.json'
+    path.write_text(json.dumps(config | {'runs': {'vae': results.sha256('vae')}}))
+    assert results.finished(job) is True
+    (tmp_path / 'results' / 'vae' / 'metrics.json').write_text('{"other": 1}')
+    assert results.finished(job) is None
+    monkeypatch.setattr(subprocess, 'run', lambda command: commands.append(command)
+                        or subprocess.CompletedProcess(command, 0))
+    results.train(job, None)
+    assert not {'--run', '--resume'} & set(commands[0])  # these scripts have neither
 
 
 def test_a_table_of_ablations_is_made_of_the_runs_last_figures(tmp_path, monkeypatch):
