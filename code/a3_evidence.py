@@ -50,6 +50,7 @@ TABLE = {'val_neg_elbo_nats': r'val.\ $-$ELBO', 'test_neg_elbo_nats': r'test $-$
          'test_nll_nats': r'$-\log p(x)$'}
 CLASS_COLOURS = ('#3f90da', '#ffa90e', '#bd1f01', '#94a4a2', '#832db6', '#a96b59', '#e76300',
                  '#b9ac70', '#717581', '#92dadd')  # Petroff, 2021, arXiv:2107.02270
+HALO = [patheffects.withStroke(linewidth=1.5, foreground='white')]  # of letters on colours
 EXAMPLES = {'small': (0.1, 0.9), 'large': (5., 0.01)}  # μ and σ² of question 1.5
 LATTICE = ((0, 0, 1, 2), (0, 1, 4, 1), (1, 4, 1, 0), (2, 1, 0, 0))  # P of integers, times 18
 
@@ -221,8 +222,7 @@ def codes(m: Material) -> dict[str, float]:
                 if all((middle - other).norm() > 0.1 * side for other in named):
                     named.append(middle)
                     axes.annotate(c, middle, ha='center', va='center', weight='bold',
-                                  path_effects=[patheffects.withStroke(linewidth=1.5,
-                                                                       foreground='white')])
+                                  path_effects=HALO)
             axes.set(title=run.removesuffix('_z2').upper(), xlabel='$z_1$', xlim=corners[:, 0],
                      ylim=corners[:, 1], box_aspect=1)
             axes.set_ylabel('$z_2$', labelpad=0)
@@ -254,7 +254,7 @@ def latent_sizes(m: Material) -> dict[str, float]:
             rows.append({'zdim': model.z_dim} | {name: m.metrics[run][name] for name in TABLE} | {
                 'dims_in_use': int((kl_by_dimension(model, m.test_bits) > IN_USE).sum())})
     runs.write_csv(m.folder / 'latent_sizes.csv', rows)
-    cells = [['$D$', *TABLE.values(), 'in use']] + [
+    cells = [['$J$', *TABLE.values(), 'in use']] + [
         [f'{value:.1f}' if isinstance(value, float) else f'{value}' for value in row.values()]
         for row in rows]
     head, *body = (' & '.join(row) + r' \\' for row in cells)
@@ -388,7 +388,7 @@ def monte_carlo(m: Material) -> dict[str, float]:
                 L, mean, low, high = np.array([
                     (curve['samples'], curve['mean'], curve['low'], curve['high'])
                     for curve in curves if curve['estimator'] == name
-                    and curve['zdim'] == row['zdim'] and curve['low'] is not None]).T
+                    and curve['zdim'] == row['zdim']], dtype=float).T  # None becomes NaN
                 axes.plot(L, row['reference_nats'] - mean, color=colour, linestyle=dash,
                           label=name)
                 axes.fill_between(L, row['reference_nats'] - high, row['reference_nats'] - low,
@@ -442,7 +442,8 @@ def kl_map(m: Material) -> dict[str, float]:
             densities[f'N({mean:g}, {variance:g})'] = gaussian_log_density(x[:, None], *q).exp()
             axes.plot(mean, variance, 'o', color=colour, markeredgecolor='white')
             axes.annotate(f'{metrics[f"{name}_nats"]:.3g}', (mean, variance), (0, -11),
-                          ha='center', textcoords='offset points', weight='bold')
+                          ha='center', textcoords='offset points', weight='bold',
+                          path_effects=HALO)
         axes.set(xlabel='μ', ylabel='σ²', yscale='log', title='KL(N(μ, σ²) ‖ N(0, 1)), nats')
         axes.grid(False)
         show_curves(right, x, densities, xlabel='z', ylabel='density')
@@ -472,7 +473,7 @@ def gan_gradients(m: Material) -> dict[str, float]:
     with pdf_figure(m.folder / 'gan_gradients.pdf', 1.9) as figure:
         left, right = figure.subplots(1, 2)
         for axes, curves, ylabel in ((left, losses, 'loss, nats'),
-                                     (right, gradients, 'gradient in the logit')):
+                                     (right, gradients, 'its derivative')):
             axes.axvspan(-10, math.log(0.01 / 0.99), color='0.93', linewidth=0)
             show_curves(axes, x, curves, xlabel='logit of D(G(z))', ylabel=ylabel, xlim=(-10, 10))
         left.legend(loc='lower left')
@@ -529,7 +530,7 @@ def dequantisation(m: Material) -> dict[str, float]:
         left, *maps = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
         show_curves(left, range(m.steps), curves, xlabel='step', ylabel='log-density, nats')
         left.axhline(bound, color='0.4', linewidth=0.8, linestyle=':')
-        left.annotate('−H(P)', (m.steps, bound), ha='right', va='bottom', color='0.3')
+        left.annotate('−H(data)', (m.steps, bound), ha='right', va='bottom', color='0.3')
         left.legend(loc='upper left')
         sides = torch.linspace(-0.5, 4.5, 401)
         for axes, name, weights in zip(maps, curves, fitted, strict=True):

@@ -30,17 +30,17 @@ FORMATS = {'bpd': '.3f', 'bpd_iw': '.3f', 'class_kl': '.4f', 'class_kl_floor': '
            '': '.2f'}
 # What a choice of the ablations means, for those who do not know the flags.
 CHOICES = {
-    '': 'as it is',
+    '': 'our setting, for so many epochs',
     '--augment 0': 'training images never changed',
-    '--skip no': 'no connections past the layers',
+    '--skip no': 'no residual connections',
     '--hidden_dim 256': '256 units a layer, not 512',
     '--n_layers 2': 'two hidden layers, not three',
     '--precision fp32': 'float32 throughout',
     '--arch mlp': 'fully connected, as the template',
     '--average 0': 'no running average of the generator',
     '--penalty 0': 'no gradient penalty',
-    '--max_shift 0': 'images not moved',
-    '--beta1 0.9 --beta2 0.999': "Adam's usual averages",
+    '--max_shift 0': 'no random shifts',
+    '--beta1 0.9 --beta2 0.999': r'Adam with $\beta = 0.9, 0.999$',
     '--n_embedding 0': 'values as numbers, not looked up',
     '--max_ranks 64': 'each coupling doubles the pixels',
     '--max_ranks 4': 'couplings of four ranks, not 16',
@@ -49,7 +49,7 @@ CHOICES = {
     '--max_ranks 8 --n_layers 2': 'eight ranks, two residual layers',
 }
 COLUMNS = {'val_neg_elbo_nats': 'validation, nats', 'train_neg_elbo_nats': 'training, nats',
-           'val_frechet': 'Fréchet distance', 'class_share_min': 'rarest class',
+           'val_frechet': 'Fréchet distance', 'class_share_min': 'share of rarest class',
            'd_real': r'$D(\mathbf{x})$', 'd_fake': r'$D(G(\mathbf{z}))$',
            'val_bpd': 'validation, bits', 'train_bpd': 'training, bits',
            'parameters': 'parameters'}
