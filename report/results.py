@@ -85,7 +85,7 @@ def finished(job: Job) -> bool | None:
     now = vars(importlib.import_module(script.removesuffix('.py')).parse_args(words))
     alike = all(before.get(name) == value for name, value in now.items()
                 if name not in runs.NEUTRAL and value not in (None, 'auto'))  # those are chosen
-    if not alike or digest != runs.script_digest(CODE / script):
+    if not alike or before.get('only') or digest != runs.script_digest(CODE / script):
         return None
     if any(sha256(name) != before for name, before in config.get('runs', {}).items()):
         return None
