@@ -188,7 +188,7 @@ def test_monte_carlo_tells_what_it_measured_from_what_it_extrapolated(material, 
         assert metrics[prefix + 'reference_nats'] == pytest.approx(reference, 1e-6)
         for name, estimate in zip(('naive', 'importance'), last, strict=True):
             gap = metrics[f'{prefix}{name}_gap_nats']
-            assert gap == pytest.approx(reference - estimate.mean(), abs=1e-3) and gap >= 0
+            assert gap == pytest.approx(reference - estimate.mean(), abs=1e-3) and gap > -1e-3
 
         mean, std = material.models[f'vae_{prefix[:-1]}'].encoder(material.test_bits[::30])
         kl = distributions.kl_divergence(distributions.Normal(mean, std),
