@@ -69,7 +69,7 @@ def few(tmp_path_factory) -> Material:
     torch.manual_seed(2)
     models = {run: (a3_vae.VAE(32, int(run.split('_z')[1]), 1, False) if run.startswith('vae') else
                     a3_ae.AutoEncoder(32, int(run.split('_z')[1])))
-              for run in {*a3_evidence.OF_EACH_KIND, *a3_evidence.OF_EACH_SIZE}}
+              for run in dict.fromkeys(a3_evidence.OF_EACH_KIND + a3_evidence.OF_EACH_SIZE)}
     for model in models.values():
         model.eval().requires_grad_(False)
         model.encoder.net.last.weight *= 3
