@@ -143,10 +143,10 @@ def commands() -> list[str]:
 
 
 def main() -> None:
-    runs.write_atomic(REPORT / 'numbers.tex', '\n'.join(numbers()) + '\n')
-    tables = {f'ablations_{table}': ablations(table) for table in results.ABLATIONS}
-    for name, lines in (tables | {'commands': commands()}).items():
-        runs.write_atomic(REPORT / 'tables' / f'{name}.tex', '\n'.join(lines) + '\n')
+    tables = {f'tables/ablations_{table}': ablations(table) for table in results.ABLATIONS}
+    # The numbers last: they are what make looks at, so a fault in a table must not leave them new.
+    for name, lines in (tables | {'tables/commands': commands(), 'numbers': numbers()}).items():
+        runs.write_atomic(REPORT / f'{name}.tex', '\n'.join(lines) + '\n')
 
 
 if __name__ == '__main__':

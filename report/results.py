@@ -87,7 +87,7 @@ def finished(job: Job) -> bool | None:
                 if name not in runs.NEUTRAL and value not in (None, 'auto'))  # those are chosen
     if not alike or before.get('only') or digest != runs.script_digest(CODE / script):
         return None
-    if any(sha256(name) != before for name, before in config.get('runs', {}).items()):
+    if any(sha256(run) != then for run, then in config.get('runs', {}).items()):
         return None
     return (folder / 'metrics.json').is_file()
 

@@ -235,6 +235,15 @@ def test_a_missing_metric_and_an_unfinished_run_stop_the_build(copy, spoil, said
 
 
 @needs_latex
+def test_a_table_that_cannot_be_made_stops_every_build_not_only_the_first(copy):
+    path = copy / 'results' / 'ablations_vae.csv'
+    path.write_text(''.join(path.read_text().splitlines(keepends=True)[:-1]))
+    for _ in range(2):
+        done = make(copy)
+        assert done.returncode != 0 and 'ablations_vae.csv has no row of' in done.stderr
+
+
+@needs_latex
 def test_a_text_of_too_many_lines_stops_the_build(copy):
     path = copy / 'sections' / 'conclusion.tex'
     text = path.read_text(encoding='utf-8')
