@@ -3,27 +3,27 @@ arXiv:1605.08803): an invertible map f from images to latents, whose density is 
 
     z = f(x)    log p(x) = log N(z; 0, I) + log |det ∂f/∂x|
 
-which asks only that f be invertible, and differentiable almost everywhere. Pixels are whole
+This asks only that f be invertible, and differentiable almost everywhere. Pixels are whole
 numbers, 0 to 255, so the probability of an image is the density's integral over a unit cube,
 P(x) = E_u p(x + u), u ~ U[0, 1)^784. By Jensen's inequality log P(x) ≥ E_u log p(x + u) (Theis et
 al., A Note on the Evaluation of Generative Models, ICLR 2016, section 3.1). Training maximises the
-right side; reported is −log p(x + u) / (784 log 2), in bits per dimension.
+right-hand side; what is reported is −log p(x + u) / (784 log 2), in bits per dimension.
 
 The flow of the assignment, `--arch mlp`, alternates affine couplings of the two colours of a
-checkerboard. The default, `multiscale`, makes an image from a coarse lattice, every eighth pixel,
-to ever finer ones. Each of its eight couplings maps a group of pixels to latents by a
+checkerboard. The default, `multiscale`, builds an image from a coarse lattice, every eighth pixel,
+to finer and finer ones. Each of its eight couplings maps a group of pixels to latents by a
 piecewise-linear distribution function (Müller et al., Neural Importance Sampling, ACM ToG 2019)
-whose slopes a small convolutional network reads off the coarser pixels. The function's corners
-are at whole pixel values, so no density need leak from the black background into the greys. And
-the network looks each pixel value up in a table of learned vectors, as language models do with
-words, which buys most of what was tried (`ablations_nf.csv`). The density is then constant over
-each value's unit cube, where Jensen's inequality loses nothing: the flow is also a discrete
+whose slopes a small convolutional network computes from the coarser pixels, and whose corners are
+at whole pixel values, so that no density has to leak from the black background into the greys. The
+network looks each pixel value up in a table of learned vectors, which brings more than anything
+else that was tried (`report/results/ablations_nf.csv`). The density is then constant over each
+value's unit cube, where Jensen's inequality loses nothing: the flow is also a discrete
 autoregressive model, group by group.
 
     python code/a3_nf.py
     python code/a3_nf.py --arch mlp
 
-Measured on MNIST, 40 epochs, seed 42, two cores of an AMD EPYC: `nf`: val_bpd 1.007, test_bpd
+Measured on MNIST, 40 epochs, seed 42, on two cores of an AMD EPYC: `nf`: val_bpd 1.007, test_bpd
 0.994, train_minutes 23.9, sample_seconds_per_100 0.03, parameters 337836; `nf_mlp`: val_bpd 1.641,
 test_bpd 1.632, test_bpd_iw 1.590, train_minutes 12.3, parameters 18045056.
 """
@@ -32,6 +32,7 @@ import argparse
 import math
 import time
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -40,24 +41,23 @@ from torch import Tensor, nn
 
 import figures
 import runs
+from command_line import Parser, launch, number, whole_number
 from datasets.common import Loader
 from datasets.mnist import mnist
 
 PIXELS = 28 * 28
-ALPHA = 1e-3  # pixels end half of it from 0 and 1: with less, black's logits have a long tail
-CELL = 4  # pixels; the multi-scale flow sees an image as 7 × 7 cells of so many rows and columns
-KNOTS = (0, 1, *range(8, 249, 8), *range(251, 257))  # of values; 0 and 251 … 255 stand alone
+ALPHA = 1e-3  # pixels stay half of it away from 0 and 1, which keeps the logits of black bounded
+CELL = 4  # the multi-scale flow sees an image as 7 × 7 cells of 4 × 4 pixels
+KNOTS = (0, 1, *range(8, 249, 8), *range(251, 257))  # bins of values; 0 and 251 … 255 have theirs
 EVAL_BATCH = 250
-MAX_GRAD_NORM = 1.0  # of the gradient of the bits per dimension
-IW_DRAWS = 8  # of the dequantisation noise, for the importance-weighted bound
-COOL = 0.7  # the lower temperature of the samples
-N_DECODED = 1000  # test images that the round trip is tried on
-DEFAULTS = {  # of what is not typed, by architecture
+MAX_GRAD_NORM = 1.0  # largest norm of the gradient of the bits per dimension
+IW_DRAWS = 8  # draws of the dequantisation noise for the importance-weighted bound
+DEFAULTS = {  # for each architecture the arguments that are not typed
     'multiscale': {'n_hidden': 64, 'max_shift': 1, 'batch_size': 128, 'lr': 1.2e-2},
     'mlp': {'n_hidden': 1024, 'max_shift': 0, 'batch_size': 256, 'lr': 1e-3}}
-PUBLISHED = {  # test bits per dimension on MNIST, as tabled by Chen et al., Residual Flows, 2019
+PUBLISHED = {  # test bits per dimension on MNIST, from the table of Chen et al., Residual Flows
     'Real NVP': 1.06, 'Glow': 1.05, 'Residual Flow': 0.97}
-Batches = Iterable[tuple[Tensor, Tensor]]  # of images, (B, 784), 0 to 255, and their labels
+Batches = Iterable[tuple[Tensor, Tensor]]  # images, (B, 784), 0 to 255, and their labels
 
 
 # --- mathematics ---------------------------------------------------------------------------------
@@ -86,10 +86,7 @@ def get_mask() -> Tensor:
 
 def dither_matrix(side: int) -> Tensor:
     """Bayer's matrix: the ranks 0 … side² − 1 so placed that the first n are far from each other.
-
-    For side a power of two; M(2n) is [[4M, 4M + 2], [4M + 3, 4M + 1]] of M(n). Of M(8), the ranks
-    4k … 4k + 3 lie on one lattice of every fourth pixel. Shape: (side, side).
-    """
+    For side a power of two; M(2n) is [[4M, 4M + 2], [4M + 3, 4M + 1]], where M is M(n)."""
     if side == 1:
         return torch.zeros(1, 1, dtype=torch.int64)
     four = 4 * dither_matrix(side // 2)
@@ -99,40 +96,39 @@ def dither_matrix(side: int) -> Tensor:
 def to_latent(z: Tensor, log_p: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
     """Φ⁻¹(C(σ(z))), C the piecewise-linear distribution function of a histogram, and log |slope|.
 
-    Standard normal where σ(z) has the histogram's density. The latent passes no gradient on to
-    log_p: where no later layer changes or sees it, its own log-prior and the −log_prior in the
-    slope cancel in log p(x).
-
-    Args:
-        z: logits, of any shape.
-        log_p: log-probabilities of the K bins, that shape and (K,); or to be broadcast to it.
-        edges: of the bins, (K + 1,), rising; σ(z) lies between the first and the last.
+    The latent is standard normal if σ(z) has the histogram's density. It passes no gradient on to
+    log_p: since no later layer changes or sees it, its own log-prior and the −log_prior in the
+    slope cancel in log p(x). Shapes: z any; log_p, log-probabilities of K bins, z's and (K,), or
+    to be broadcast to it; edges (K + 1,), rising, with σ(z) between the first and the last.
     """
-    u = torch.sigmoid(z)
+    u, widths = torch.sigmoid(z), edges.diff()
     k = torch.searchsorted(edges[1:-1], u.detach(), right=True)  # the bin
     log_p = log_p.expand(*z.shape, -1)
     log_p_k = log_p.gather(-1, k[..., None])[..., 0]
-    widths = edges.diff()
-    part = (u - edges[k]) / widths[k]
     cdf_right = log_p.detach().exp().cumsum(-1).gather(-1, k[..., None])[..., 0]
-    cdf_u = cdf_right - log_p_k.detach().exp() * (1 - part)
-    latent = torch.special.ndtri(inside(cdf_u))
+    cdf_u = cdf_right - log_p_k.detach().exp() * (1 - (u - edges[k]) / widths[k])
+    latent = normal_quantile(inside(cdf_u))
     log_slope = log_p_k - widths.log()[k] - F.softplus(z) - F.softplus(-z) - log_prior(latent)
     return latent, log_slope
 
 
 def from_latent(latent: Tensor, log_p: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse of `to_latent` in z, and its log |slope|; arguments and shapes as there."""
-    log_p = log_p.expand(*latent.shape, -1)
+    log_p, widths = log_p.expand(*latent.shape, -1), edges.diff()
     cdf_u, cdf_right = torch.special.ndtr(latent), log_p.exp().cumsum(-1)
     k = (cdf_right[..., :-1] <= cdf_u[..., None]).sum(-1)
     log_p_k = log_p.gather(-1, k[..., None])[..., 0]
     cdf_right = cdf_right.gather(-1, k[..., None])[..., 0]
     part = 1 - ((cdf_right - cdf_u) / inside(log_p_k.exp())).clamp(0, 1)
-    widths = edges.diff()
     z = torch.logit(inside(edges[k] + widths[k] * part))
     log_slope = widths.log()[k] - log_p_k + F.softplus(z) + F.softplus(-z) + log_prior(latent)
     return z, log_slope
+
+
+def normal_quantile(u: Tensor) -> Tensor:
+    """Φ⁻¹(u) of each element in (0, 1): √2 erf⁻¹(2u − 1) where torch has no ndtri, on mps."""
+    return (math.sqrt(2) * torch.erfinv(2 * u - 1) if u.device.type == 'mps'
+            else torch.special.ndtri(u))
 
 
 def inside(u: Tensor) -> Tensor:
@@ -156,8 +152,8 @@ class Coupling(nn.Module):
 
         z' = m ⊙ z + (1 − m) ⊙ (z ⊙ exp(s(m ⊙ z)) + t(m ⊙ z)),    s = tanh(·)
 
-    Paper, equation 9; the network gets the kept pixels only. Its last layer starts at zero, so
-    the map starts as the identity. Shapes: mask (1, c_in), of 0 and 1.
+    Paper, equation 9; the network gets the kept pixels only, and its last layer starts at zero:
+    the map starts as the identity. Shape: mask (1, c_in), whose elements are 0 and 1.
     """
 
     def __init__(self, c_in: int, mask: Tensor, n_hidden: int = 1024):
@@ -167,7 +163,7 @@ class Coupling(nn.Module):
         self.register_buffer('changed', (1 - mask[0]).nonzero()[:, 0], persistent=False)
         self.nn = nn.Sequential(nn.Linear(len(self.kept), n_hidden), nn.ReLU(),
                                 nn.Linear(n_hidden, n_hidden), nn.ReLU(),
-                                nn.Linear(n_hidden, 2 * (c_in - len(self.kept))))
+                                nn.Linear(n_hidden, 2 * len(self.changed)))
         nn.init.zeros_(self.nn[-1].weight)
         nn.init.zeros_(self.nn[-1].bias)
 
@@ -188,11 +184,9 @@ class Flow(nn.Module):
 
     def __init__(self, shape: Iterable[int], n_flows: int = 4, n_hidden: int = 1024):
         super().__init__()
-        channels, = shape
-        mask = get_mask()
-        self.layers = nn.ModuleList(Coupling(channels, m, n_hidden)
+        self.z_shape, mask = tuple(shape), get_mask()
+        self.layers = nn.ModuleList(Coupling(*self.z_shape, m, n_hidden)
                                     for _ in range(n_flows) for m in (mask, 1 - mask))
-        self.z_shape = (channels,)
 
     def forward(self, z: Tensor, ldj: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
         """(B, *z_shape) and (B,) through all layers, or back through them in reverse order."""
@@ -203,13 +197,7 @@ class Flow(nn.Module):
 
 class HistogramCoupling(nn.Module):
     """Maps the pixels of the ranks first … stop − 1 to their latents, given those of lower rank.
-
-    Args:
-        embedding: of pixel values, shared by all couplings; where None they are numbers.
-        rank: of each pixel, (C, H, W); all in a channel are above all in the one before.
-        first, stop: ranks of the pixels to map.
-        n_hidden, n_layers: channels, and residual layers, of the network.
-    """
+    Ranks, (C, H, W), rise from channel to channel; the network has `n_layers` residual layers."""
 
     def __init__(self, embedding: nn.Embedding | None, rank: Tensor, first: int, stop: int,
                  n_hidden: int = 64, n_layers: int = 1):
@@ -233,22 +221,17 @@ class HistogramCoupling(nn.Module):
             for _ in range(n_layers))
         self.last = nn.Conv2d(n_hidden, len(channels) * (len(KNOTS) - 1), 1)
         nn.init.zeros_(self.last.weight)
-        with torch.no_grad():
-            self.last.bias.copy_(edges.diff().log().repeat(len(channels)))  # uniform
+        self.last.bias = nn.Parameter(edges.diff().log().repeat(len(channels)))  # uniform
 
     def forward(self, z: Tensor, ldj: Tensor, reverse: bool = False,
                 embedded: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor]:
-        """z (B, C, H, W) to z' and ldj + log |det ∂z'/∂z|, (B,); with `reverse`, back again.
-
-        Pixels of lower rank are logits. What is mapped is a logit on one side and a latent on the
-        other. `embedded` is z as `embed` gives it, where that is at hand.
-        """
-        if embedded is None:
-            embedded = embed(self.embedding, z[:, :self.n_known])
+        """z (B, C, H, W) to z' and ldj + log |det ∂z'/∂z|, (B,); with `reverse`, back again. The
+        pixels of lower rank are logits; `embedded` is z as `embed` gives it, where at hand."""
         h = self.place[None]
         if self.n_known:
-            *seen, partly = embedded[:self.n_known]
-            h = self.look(torch.cat([*seen, partly * self.known], dim=1))
+            seen = embedded or embed(self.embedding, z[:, :self.n_known])
+            *whole, partly = seen[:self.n_known]
+            h = self.look(torch.cat([*whole, partly * self.known], dim=1))
             h = h + self.place.to(h.dtype)
         for layer in self.layers:
             h = h + layer(h)
@@ -274,39 +257,29 @@ def embed(embedding: nn.Embedding | None, z: Tensor) -> tuple[Tensor, ...]:
 class MultiScaleFlow(nn.Module):
     """Couplings from the finest lattice of pixels to the coarsest, each given all coarser ones.
 
-    An image is taken apart into channels, one for each place in a cell of 4 × 4 pixels, in the
-    order of a dither matrix: the first is a lattice of 7 × 7 pixels, the first four one of
-    14 × 14, all of them the image. Every channel has four ranks, again by a dither matrix. From
-    images to latents the finest pixels go first, while those that they depend on are untouched;
-    back from latents the lowest ranks come first, and each coupling doubles the pixels that are
-    there, or adds `max_ranks` ranks where that is fewer.
-
-    Args:
-        n_hidden, n_layers: channels, and residual layers, of each coupling's network.
-        n_embedding: dimensions of the vector for a pixel's value; 0 for the value itself.
-        max_ranks: of the 64, that one coupling maps at most.
+    An image is taken apart into channels, one for each place in a cell of 4 × 4 pixels. They are
+    in the order of Bayer's matrix of ranks, tiled over the image: the first is a lattice of 7 × 7
+    pixels, the first four one of 14 × 14, and each channel has four ranks. From images to latents
+    the finest pixels go first, while those that they depend on are untouched; back from latents
+    each coupling doubles the pixels that are there, or adds `max_ranks` ranks where that is fewer.
     """
 
     def __init__(self, n_hidden: int = 64, n_layers: int = 1, n_embedding: int = 8,
                  max_ranks: int = 16):
         super().__init__()
-        side = 28 // CELL
         self.z_shape = (PIXELS,)
-        order = dither_matrix(CELL).flatten().argsort()
+        rank = F.pixel_unshuffle(dither_matrix(8).repeat(4, 4)[None, :28, :28], CELL)  # (16, 7, 7)
+        order = rank[:, 0, 0].argsort()  # of the channels, of four ranks each
         self.register_buffer('order', order, persistent=False)
-        self.register_buffer('back', order.argsort(), persistent=False)
         self.embedding = nn.Embedding(256, n_embedding) if n_embedding else None
         if n_embedding:
-            with torch.no_grad():  # neighbours are alike in one dimension from the start
-                self.embedding.weight[:, 0] = torch.linspace(-2, 2, 256)
-        cells = dither_matrix(2).repeat(4, 4)[:side, :side]
-        rank = torch.arange(CELL ** 2)[:, None, None] * 4 + cells  # (16, 7, 7)
-        layers, first = [], 0
-        while first < 64:
-            last = first + min(max(first, 1), max_ranks)
-            layers.append(HistogramCoupling(self.embedding, rank, first, min(last, 64), n_hidden,
-                                            n_layers))
-            first = last
+            # In one dimension, neighbours are similar from the start.
+            self.embedding.weight.data[:, 0] = torch.linspace(-2, 2, 256)
+        bounds = [0, 1]
+        while bounds[-1] < 64:
+            bounds.append(min(2 * bounds[-1], bounds[-1] + max_ranks, 64))
+        layers = [HistogramCoupling(self.embedding, rank[order], *ranks, n_hidden, n_layers)
+                  for ranks in pairwise(bounds)]
         self.layers = nn.ModuleList(reversed(layers))
         self.to(memory_format=torch.channels_last)
 
@@ -316,12 +289,11 @@ class MultiScaleFlow(nn.Module):
         embedded = None if reverse else embed(self.embedding, z)  # once: all see untouched pixels
         for layer in reversed(self.layers) if reverse else self.layers:
             z, ldj = layer(z, ldj, reverse, embedded)
-        return F.pixel_shuffle(z[:, self.back], CELL).flatten(1), ldj
+        return F.pixel_shuffle(z[:, self.order.argsort()], CELL).flatten(1), ldj
 
 
 class Model(nn.Module):
-    """Images of that shape to log p(x), and latents back to images; the flow is the template's if
-    none is given."""
+    """Images to log p(x), and latents back to images; by default with the template's flow."""
 
     def __init__(self, shape: Iterable[int], flow: nn.Module | None = None):
         super().__init__()
@@ -335,11 +307,9 @@ class Model(nn.Module):
                         ) -> tuple[Tensor, Tensor]:
         """z in [0, 256) to logit((1 − α) z / 256 + α / 2), or with `reverse` back.
 
-        log |det| = Σ log (1 − α) / 256 − log s − log(1 − s), s the squeezed value.
-        Shapes: (B, D) and (B,), kept.
+        log |det| = Σ log (1 − α) / 256 − log s − log(1 − s), s = σ(logit). Shapes: (B, D), (B,).
         """
-        D = z[0].numel()
-        constant = D * (math.log1p(-ALPHA) - math.log(256))
+        constant = z[0].numel() * (math.log1p(-ALPHA) - math.log(256))
         if not reverse:
             s = (1 - ALPHA) / 256 * z + ALPHA / 2
             log_s, log_rest = s.log(), (-s).log1p()
@@ -354,8 +324,8 @@ class Model(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents to dequantised images, (B, 784) each."""
-        return self.logit_normalize(*self.flow(z, z.new_zeros(len(z)), reverse=True),
-                                    reverse=True)[0]
+        logits, ldj = self.flow(z, z.new_zeros(len(z)), reverse=True)
+        return self.logit_normalize(logits, ldj, reverse=True)[0]
 
     def forward(self, input: Tensor) -> Tensor:
         """Images (B, 784) of whole numbers, 0 to 255, to log p(x + u), (B,), in nats."""
@@ -375,16 +345,9 @@ class Model(nn.Module):
 def epoch_iter(model: Model, data: Batches, optimizer: torch.optim.Optimizer | None = None,
                schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
                bf16: bool = False) -> float:
-    """One pass over the data, with updates if the model is in training mode.
-
-    Args:
-        optimizer, schedule: stepped after each batch, the gradient's norm at most MAX_GRAD_NORM;
-            needed for training only.
-        bf16: whether the networks compute in bfloat16 (the maps and densities never do).
-
-    Returns:
-        The average bits per dimension, each image with the same weight.
-    """
+    """One pass over the data, with updates if the model is in training mode; returns the bits per
+    dimension, averaged over all images. With `bf16` the networks compute in bfloat16 (the maps and
+    densities never do)."""
     total, count = 0.0, 0
     for images, _ in data:
         with (torch.set_grad_enabled(model.training),
@@ -403,21 +366,23 @@ def epoch_iter(model: Model, data: Batches, optimizer: torch.optim.Optimizer | N
 
 
 def moved(data: Batches, max_shift: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, each rolled by up to so many pixels: what leaves a side enters opposite."""
+    """The batches, each rolled by at most max_shift pixels: what leaves a side enters opposite."""
     for images, labels in data:
         shift = tuple(torch.randint(-max_shift, max_shift + 1, (2,)).tolist())
         yield images.view(-1, 28, 28).roll(shift, (1, 2)).view(-1, PIXELS), labels
 
 
+def evaluated(loader: Loader, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of the loader, to be dequantised with the same noise each time."""
+    runs.seed_all(seed, 'dequantised')
+    yield from loader
+
+
 def run_epoch(model: Model, data: tuple[Batches, Batches], optimizer: torch.optim.Optimizer,
               **options) -> tuple[float, float]:
     """Train on the first data set, then evaluate on the second: `epoch_iter` of each."""
-    traindata, valdata = data
-    model.train()
-    train_bpd = epoch_iter(model, traindata, optimizer, **options)
-    model.eval()
-    val_bpd = epoch_iter(model, valdata, bf16=options.get('bf16', False))
-    return train_bpd, val_bpd
+    train_bpd = epoch_iter(model.train(), data[0], optimizer, **options)
+    return train_bpd, epoch_iter(model.eval(), data[1], bf16=options.get('bf16', False))
 
 
 @torch.no_grad()
@@ -437,16 +402,37 @@ def importance_weighted_bpd(model: Model, data: Batches, draws: int) -> float:
 @torch.no_grad()
 def roundtrip_errors(model: Model, data: Batches, dtype: torch.dtype) -> Tensor:
     """The largest error of a pixel of decode(encode(x + u)), in grey levels, for each image: (N,).
-
-    The networks compute in float32, all else in `dtype`. Where that is float32 too, rounding may
-    move a pixel past a whole value, which changes what the networks see of it.
-    """
+    The networks compute in float32, all else in `dtype`; if that is float32 too, rounding may move
+    a pixel past a whole value, which changes what the networks see of it."""
     dequantized = (model.dequantize(images.to(dtype)) for images, _ in data)
     return torch.cat([(model.decode(model.encode(x)[0]) - x).abs().amax(1) for x in dequantized])
 
 
+@torch.no_grad()
+def final_estimates(model: Model, val: Loader, test: Loader, seed: int) -> dict[str, float]:
+    """The metrics of the trained model, its networks in float32."""
+    start, device = time.perf_counter(), test.images.device
+    model.sample(100).cpu()  # the first call is slower; .cpu() waits for the device
+    sample_start = time.perf_counter()
+    model.sample(100).cpu()
+    sample_seconds = time.perf_counter() - sample_start
+    precise = torch.float32 if device.type == 'mps' else torch.float64  # mps has no other
+    decoded = test.head(1000)
+    return {
+        'val_bpd': epoch_iter(model, evaluated(val, seed)),
+        'test_bpd': epoch_iter(model, test),
+        'test_bpd_iw': importance_weighted_bpd(model, test, IW_DRAWS),
+        'iw_draws': IW_DRAWS,
+        'roundtrip_max_error': float(roundtrip_errors(model, decoded, precise).max()),
+        'roundtrip_share_off_float32':
+            float((roundtrip_errors(model, decoded, torch.float32) > 0.5).float().mean()),
+        'sample_seconds_per_100': sample_seconds,
+        'parameters': sum(map(torch.numel, model.parameters())),
+        'test_minutes': (time.perf_counter() - start) / 60}
+
+
 def learning_rate(progress: float) -> float:
-    """As a factor: linear from 0 to 1 over the first hundredth, then linear to 0."""
+    """A factor: linear from 0 to 1 over the first hundredth of the run, then linear to 0."""
     return min(100 * progress, (1 - progress) / 0.99)
 
 
@@ -455,13 +441,12 @@ def learning_rate(progress: float) -> float:
 
 def save_bpd_plot(train_curve: list[float], val_curve: list[float], filename: Path) -> None:
     """Bits per dimension over epochs, from the untrained network on, with published marks."""
-    curves = {'training': train_curve, 'validation': val_curve}
+    curves, asked = {'training': train_curve, 'validation': val_curve}, {'asked for': 1.85}
     start = max(1, len(val_curve) // 10)
-    panels = [{'ylabel': 'bits per dimension', 'curves': curves,
-               'references': {'asked for': 1.85}},
-              {'ylabel': f'the same, from epoch {start}', 'curves': curves, 'start': start,
-               'references': {'asked for': 1.85} if val_curve[-1] > 1.2 else PUBLISHED}]
-    figures.save_curves(filename, list(range(len(val_curve))), panels)
+    figures.save_curves(filename, list(range(len(val_curve))), [
+        {'ylabel': 'bits per dimension', 'curves': curves, 'references': asked},
+        {'ylabel': f'the same, from epoch {start}', 'curves': curves, 'start': start,
+         'references': asked if val_curve[-1] > 1.2 else PUBLISHED}])
 
 
 def save_images(filename: Path, images: Tensor, columns: int) -> None:
@@ -473,18 +458,15 @@ def save_images(filename: Path, images: Tensor, columns: int) -> None:
 def save_snapshot(model: Model, run: runs.Run, epoch: int) -> None:
     """25 samples from the same noise each time, at two temperatures."""
     model.eval()
-    for temperature, kind in ((1., 'samples'), (COOL, 'cool')):
+    for temperature, kind in ((1., 'samples'), (0.7, 'cool')):
         runs.seed_all(run.args.seed, 'samples')
-        save_images(run.path(f'{kind}_epoch{epoch:02d}.png'), model.sample(25, temperature),
-                    columns=5)
+        save_images(run.path(f'{kind}_epoch{epoch:02d}.png'), model.sample(25, temperature), 5)
 
 
 @torch.no_grad()
 def save_interpolations(model: Model, images: Tensor, labels: Tensor, run: runs.Run) -> None:
-    """Rows of nine: from an image of one class to one of another, by `path` in latent space.
-
-    The ends are the first image of each class that occurs, two a row, decoded again.
-    """
+    """Rows of nine, by `path` in latent space from the first image of a class to that of the next:
+    ten classes give five rows. The ends are decoded again too."""
     first = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()])
     z, _ = model.encode(model.dequantize(images[first].float()))
     rows = [path(start, end, steps=7) for start, end in zip(z[::2], z[1::2], strict=False)]
@@ -494,101 +476,87 @@ def save_interpolations(model: Model, images: Tensor, labels: Tensor, run: runs.
 # --- the run -------------------------------------------------------------------------------------
 
 
-def build_parser(arch: str = 'multiscale') -> runs.Parser:
-    """The flags; what is not typed depends on the architecture."""
-    parser = runs.Parser(__doc__)
+def build_parser() -> Parser:
+    parser = Parser(__doc__)
     add = parser.add_argument
-    add('--epochs', type=runs.whole_number(1), default=40, help='default: 40')
+    add('--epochs', type=whole_number(1), default=40)
     add('--arch', choices=('multiscale', 'mlp'), default='multiscale',
-        help="of the flow: coarse to fine, or the template's (default: multiscale)")
-    add('--n_hidden', type=runs.whole_number(1),
-        help="units or channels of each coupling's network (default: 64, of mlp 1024)")
-    add('--n_flows', type=runs.whole_number(1, 1000), default=4,
-        help='mlp: pairs of couplings (default: 4)')
-    add('--n_layers', type=runs.whole_number(0, 1000), default=1,
-        help="multiscale: residual layers of each coupling's network (default: 1)")
-    add('--n_embedding', type=runs.whole_number(0), default=8,
-        help='multiscale: size of the vector for a pixel value; 0: the value itself (default: 8)')
-    add('--max_ranks', type=runs.whole_number(1), default=16,
-        help='multiscale: ranks, of 64, that one coupling maps at most; fewer are slower '
-             '(default: 16)')
-    add('--max_shift', type=runs.whole_number(0), choices=(0, 1, 2),
-        help='pixels by which training images are moved, until the last fifth (default: 1, of '
-             'mlp 0)')
-    add('--batch_size', type=runs.whole_number(1), help='default: 128, of mlp 256')
-    add('--lr', type=runs.number(0), help='at its highest (default: 1.2e-2, of mlp 1e-3)')
-    add('--precision', choices=('auto', 'bf16', 'fp32'), default='auto',
-        help='of the networks, but for the final figures; auto: bf16 where the hardware has it')
+        help="a flow from coarse to fine, or the template's")
+    add('--n_hidden', type=whole_number(1),
+        help="units or channels of each coupling's network (default: 64, with mlp 1024)")
+    add('--n_flows', type=whole_number(1, 1000), default=4, help='mlp: pairs of couplings')
+    add('--n_layers', type=whole_number(0, 1000), default=1,
+        help="multiscale: residual layers of each coupling's network")
+    add('--n_embedding', type=whole_number(0), default=8,
+        help='multiscale: size of the vector for a pixel value, or 0 to use the value itself')
+    add('--max_ranks', type=whole_number(1), default=16,
+        help='multiscale: most ranks, of 64, that one coupling maps; fewer are slower')
+    add('--max_shift', type=whole_number(0), choices=(0, 1, 2),
+        help='most pixels by which training images are moved, until the last fifth of the epochs '
+             '(default: 1, with mlp 0)')
+    add('--batch_size', type=whole_number(1), help='default: 128, with mlp 256')
+    add('--lr', type=number(0), help='highest learning rate (default: 1.2e-2, with mlp 1e-3)')
     parser.add_shared_arguments()
-    parser.set_defaults(**DEFAULTS[arch])
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    arch = build_parser().parse_args(argv).arch
-    parser = build_parser(arch)
+    parser = build_parser()
+    arch = parser.parse_args(argv).arch
+    parser.set_defaults(**DEFAULTS[arch])
     args = parser.parse_args(argv)
     for name in ('n_layers', 'n_embedding', 'max_ranks') if arch == 'mlp' else ('n_flows',):
         if getattr(args, name) != parser.get_default(name):
-            parser.error(f'--{name} has no meaning with --arch {args.arch}')
+            parser.error(f'--{name} has no meaning with --arch {arch}')
+    args.name = parser.run_name('nf_mlp' if arch == 'mlp' else 'nf', args, 'arch')
     return args
 
 
+def make_model(args: argparse.Namespace) -> Model:
+    """The untrained flow that these arguments ask for."""
+    flow = (Flow([PIXELS], args.n_flows, args.n_hidden) if args.arch == 'mlp' else
+            MultiScaleFlow(args.n_hidden, args.n_layers, args.n_embedding, args.max_ranks))
+    return Model([PIXELS], flow)
+
+
 def main(args: argparse.Namespace) -> None:
-    device = runs.pick_device(args.device)
-    bf16 = args.precision == 'bf16' or args.precision == 'auto' and runs.has_fast_bf16(device)
-    download = not (args.dry_run or args.sample)
-    train, val, test = mnist(args.data_dir, args.batch_size, download, args.dataset, device)
-    prefix = 'nf_mlp' if args.arch == 'mlp' else 'nf'
-    name = runs.run_name(prefix, build_parser(args.arch), args, ('arch',), train.source)
-    args.precision = 'bf16' if bf16 else 'fp32'
-    if args.dry_run:
-        args.epochs = 2
-        train, val, test = train.head(3 * args.batch_size), val.head(200), test.head(200)
+    device, bf16 = runs.start(args)
+    train, val, test = runs.load_data(mnist, args, device)
     curve_train, val, test = (loader.head(10_000, EVAL_BATCH) for loader in (train, val, test))
 
     runs.seed_all(args.seed, 'weights')
-    flow = (Flow([PIXELS], args.n_flows, args.n_hidden) if args.arch == 'mlp' else
-            MultiScaleFlow(args.n_hidden, args.n_layers, args.n_embedding, args.max_ranks))
-    model = Model([PIXELS], flow).to(device)
+    model = make_model(args).to(device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, (0.9, 0.99), fused=True)
     steps = args.epochs * len(train)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate((step + 1) / (steps + 1)))
-    run = runs.Run(__file__, args, name, train.source, device,
+    run = runs.Run(main, args, train.source, device,
                    {'model': model, 'optimizer': optimizer, 'schedule': schedule})
 
     if args.sample:
         run.load('arch', 'n_hidden', 'n_layers', 'n_embedding', 'max_ranks', 'n_flows')
         model.eval()
         runs.seed_all(args.seed, f'{args.sample} samples')
-        save_images(run.path('sample.png'), model.sample(args.sample),
-                    columns=math.ceil(math.sqrt(args.sample)))
+        columns = math.ceil(math.sqrt(args.sample))
+        save_images(run.path('sample.png'), model.sample(args.sample), columns)
         print(run.path('sample.png'))
         return
-
     if not run.begin(len(train)):
         return
+
     snapshots = {0, 1} | {round(share * args.epochs) for share in (0.325, 0.5, 0.65, 1)}
-
-    def evaluated(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of the loader, to be dequantised with the same noise each time."""
-        runs.seed_all(args.seed, 'dequantised')
-        yield from loader
-
     for epoch in run.epochs():
         start = time.perf_counter()
         if epoch == 0:
-            running, val_bpd = None, epoch_iter(model.eval(), evaluated(val), bf16=bf16)
+            running = None
+            val_bpd = epoch_iter(model.eval(), evaluated(val, args.seed), bf16=bf16)
         else:
             shift = args.max_shift if epoch <= 0.8 * args.epochs else 0
-            running, val_bpd = run_epoch(
-                model, (moved(run.track(train), shift), evaluated(val)), optimizer,
-                schedule=schedule, bf16=bf16)
-        train_bpd = epoch_iter(model, evaluated(curve_train), bf16=bf16)
-        seconds = time.perf_counter() - start
+            data = moved(run.track(train), shift), evaluated(val, args.seed)
+            running, val_bpd = run_epoch(model, data, optimizer, schedule=schedule, bf16=bf16)
+        train_bpd = epoch_iter(model, evaluated(curve_train, args.seed), bf16=bf16)
         row = {'epoch': epoch, 'train_bpd': train_bpd, 'val_bpd': val_bpd,
-               'running_bpd': running, 'seconds': seconds}
+               'running_bpd': running, 'seconds': time.perf_counter() - start}
         run.check_finite(row)  # before NaN is drawn
         if epoch in snapshots:
             save_snapshot(model, run, epoch)
@@ -599,26 +567,8 @@ def main(args: argparse.Namespace) -> None:
                   run.path('bpd.pdf'))
     runs.seed_all(args.seed, 'test')
     save_interpolations(model, test.images, test.labels, run)
-    start = time.perf_counter()
-    decoded = test.head(N_DECODED)
-    precise = torch.float32 if device.type == 'mps' else torch.float64  # mps has no other
-    model.sample(100).cpu()  # the first call is slower; .cpu() waits for the device
-    sample_start = time.perf_counter()
-    model.sample(100).cpu()
-    sample_seconds = time.perf_counter() - sample_start
-    run.finish({
-        'val_bpd': epoch_iter(model, evaluated(val)),
-        'test_bpd': epoch_iter(model, test),
-        'test_bpd_iw': importance_weighted_bpd(model, test, IW_DRAWS),
-        'iw_draws': IW_DRAWS,
-        'roundtrip_max_error': float(roundtrip_errors(model, decoded, precise).max()),
-        'roundtrip_share_off_float32':
-            float((roundtrip_errors(model, decoded, torch.float32) > 0.5).float().mean()),
-        'sample_seconds_per_100': sample_seconds,
-        'parameters': sum(parameter.numel() for parameter in model.parameters()),
-        'test_minutes': (time.perf_counter() - start) / 60,
-    })
+    run.finish(final_estimates(model, val, test, args.seed))
 
 
 if __name__ == '__main__':
-    runs.launch(main, parse_args())
+    launch(main, parse_args())

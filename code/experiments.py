@@ -1,0 +1,102 @@
+"""Every run that the report shows: its name, the command that makes it, and how long that takes.
+
+`make -C report results` makes them, `a3_evidence.py` and `a3_compare.py` draw what several of them
+show together, and `report/measured.py` typesets their numbers. Needs nothing but Python.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Job(NamedTuple):
+    """One run: `name` is its folder in `report/results/`, `command` what follows `python code/`,
+    `minutes` what it takes on two cores, `data` the folder inside `--data_dir` with its data.
+    """
+    name: str
+    command: str
+    minutes: float
+    data: str = ''
+
+    @property
+    def script(self) -> str:
+        """The name of the script, such as `a3_vae`."""
+        return self.command.split()[0].removesuffix('.py')
+
+    @property
+    def words(self) -> list[str]:
+        """The arguments."""
+        return self.command.split()[1:]
+
+    def has_weights(self, results: Path) -> bool:
+        """Whether the run has finished and its trained weights are still there."""
+        folder = results / self.name
+        return (folder / 'metrics.json').is_file() and (folder / 'checkpoint.pt').is_file()
+
+
+TEMPLATE_GAN = ('--arch mlp --n_epochs 100 --batch_size 64 --lr 2e-4 --beta1 0.9 --beta2 0.999 '
+                '--schedule constant --penalty 0 --max_shift 0 --average 0 --precision fp32')
+ASKED_FOR = [  # by the questions
+    Job('vae_z20', 'a3_vae.py --zdim 20', 4.5),
+    Job('vae_z2', 'a3_vae.py --zdim 2', 4.5),
+    Job('gan', 'a3_gan.py', 11),
+    Job('nf', 'a3_nf.py', 26),
+    Job('nf_mlp', 'a3_nf.py --arch mlp', 14),
+]
+MAIN = [
+    *ASKED_FOR,
+    Job('vae_z20_own_bits', 'a3_vae.py --zdim 20', 4.5, data='MNIST/raw'),  # no .amat files there
+    Job('gan_template', f'a3_gan.py {TEMPLATE_GAN}', 16),
+    *(Job(f'vae_z{zdim}', f'a3_vae.py --zdim {zdim}', 4.5) for zdim in (5, 10)),
+    Job('vae_gaussian_z20', 'a3_vae.py --likelihood gaussian', 7),
+    *(Job(f'{model}_z{zdim}', f'a3_ae.py --model {model} --zdim {zdim}', 3)
+      for zdim in (20, 2) for model in ('ae', 'dae')),
+    *(Job(f'{job.name}_seed{seed}', f'{job.command} --seed {seed}', job.minutes)
+      for seed in (43, 44) for job in ASKED_FOR if job.name in ('vae_z20', 'gan', 'nf')),
+]
+# For each table of ablations: the script, the arguments that all its runs share, the columns of
+# log.csv that it shows, what is changed in each run, and the minutes of one run.
+ABLATIONS = {
+    'vae': ('a3_vae.py', '--zdim 20 --iw_samples 100',
+            ('val_neg_elbo_nats', 'train_neg_elbo_nats'),
+            ('', '--augment 0', '--skip no', '--hidden_dim 256', '--n_layers 2',
+             '--precision fp32'), 4),
+    'gan': ('a3_gan.py', '--n_epochs 10', ('val_frechet', 'class_share_min', 'd_real', 'd_fake'),
+            ('', '--arch mlp', '--average 0', '--penalty 0', '--max_shift 0',
+             '--beta1 0.9 --beta2 0.999', '--precision fp32'), 2),
+    'nf': ('a3_nf.py', '--epochs 3', ('val_bpd', 'train_bpd'),
+           ('', '--n_embedding 0', '--max_ranks 64', '--max_ranks 4', '--n_hidden 32',
+            '--n_layers 0', '--max_shift 0', '--max_ranks 8 --n_layers 2', '--precision fp32'),
+           2.5),
+}
+FIGURES = [Job('evidence', 'a3_evidence.py', 10), Job('compare', 'a3_compare.py', 6)]
+# The models that are compared, each with the runs of all its seeds, and their names in tables.
+COMPARED = {'vae_z20': 'VAE', 'vae_gaussian_z20': 'VAE, Gaussian', 'gan': 'GAN',
+            'gan_template': 'GAN, template', 'nf': 'flow', 'nf_mlp': 'flow, template'}
+AUTOENCODERS = [f'{kind}_z{zdim}' for zdim in (2, 20) for kind in ('ae', 'dae', 'vae')]
+LATENT_SIZES = [f'vae_z{zdim}' for zdim in (2, 5, 10, 20)]
+NEEDED = {  # by figures, with their weights
+    'evidence': AUTOENCODERS + LATENT_SIZES[1:3],
+    'compare': [job.name for job in MAIN if job.name.partition('_seed')[0] in COMPARED],
+}
+
+
+def find(name: str) -> Job:
+    """The job with that name, among all."""
+    return next(job for job in every_job() if job.name == name)
+
+
+def ablation_jobs(table: str) -> list[Job]:
+    """The runs of one table of ablations, in folders `ablations/…`."""
+    script, shared, _, choices, minutes = ABLATIONS[table]
+    return [Job('_'.join(['ablations/' + table, *choice.replace('--', '').split()]),
+                f'{script} {shared} {choice}'.strip(), minutes) for choice in choices]
+
+
+def every_job() -> list[Job]:
+    """All runs, in the order in which they are to be made."""
+    return MAIN + [job for table in ABLATIONS for job in ablation_jobs(table)] + FIGURES
+
+
+def seeds_of(name: str) -> list[Job]:
+    """The runs of a compared model, one for each seed."""
+    return [job for job in MAIN if job.name.partition('_seed')[0] == name]
