@@ -1,17 +1,16 @@
 """Static binarised MNIST: 50,000 / 10,000 / 10,000 images of pixels 0 and 1, without labels.
 
-The distributed files (Larochelle and Murray, 2011, after Salakhutdinov and Murray, 2008) where
-they are present, else MNIST binarised once: each pixel is 1 with probability x/255.
+The distributed files (Larochelle and Murray, 2011) if they are present, else MNIST binarised once.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from datasets import common
-from datasets.common import DataError, Loader
-from datasets.mnist import load_mnist
+from datasets.common import PIXELS, DataError, Loader, find, make_loaders, read_file
+from datasets.mnist import mnist
 
 FILES = {'binarized_mnist_train.amat': 50_000,
          'binarized_mnist_valid.amat': 10_000,
@@ -24,37 +23,46 @@ def bmnist(root: str | Path = './data/', batch_size: int = 128, download: bool =
            dataset: str | None = None, device: str | torch.device = 'cpu') -> tuple[Loader, ...]:
     """Train, validation and test loaders of x (B, 784) in {0., 1.}.
 
-    `dataset` is 'mnist', 'digits' (the set that ships with the project, binarised by the same
-    rule) or None: the distributed files, else what `mnist` finds. Raises DataError.
+    The arguments are those of `mnist`; the distributed files come first, except for 'digits'.
     """
-    root = Path(root)
-    folders = [root / 'BinarizedMNIST', root]
-    paths = {name: common.find(folders, name) for name in FILES} if dataset != 'digits' else {}
+    folders = [Path(root) / 'BinarizedMNIST', Path(root)]
+    paths = {name: find(folders, name) for name in FILES}
     missing = [name for name, path in paths.items() if path is None]
-    if paths and not missing:
-        images = [common.read_amat(paths[name], n_rows) for name, n_rows in FILES.items()]
-        source = {'dataset': 'mnist',
-                  'description': 'static binarised MNIST, the three distributed .amat files',
-                  'sha256': {}}
-    elif len(missing) < len(paths):
+    if dataset == 'digits' or len(missing) == len(FILES):
+        grey = mnist(root, download=download, dataset=dataset)
+        random = np.random.RandomState(SEED)
+        images = [binarise(loader.images.numpy(), random) for loader in grey]
+        source = grey[0].source
+        source['description'] += f'; binarised once: Bernoulli(x/255), seed {SEED}'
+    elif missing:
         raise DataError(f'binarised MNIST is not complete: put {", ".join(missing)} (.gz or not) '
                         f'into {folders[0]}, from {ADDRESS}')
     else:
-        splits, grey_source = load_mnist(root, download, dataset)
-        random = np.random.RandomState(SEED)
-        images = [binarise(grey, random) for grey, _ in splits]
-        source = grey_source | {'description': f'{grey_source["description"]}; binarised once: '
-                                               f'Bernoulli(x/255), seed {SEED}'}
-    digests = {f'bits_{split}': common.bits_digest(bits)
-               for split, bits in zip(('train', 'valid', 'test'), images, strict=True)}
-    source['sha256'] = source['sha256'] | digests
-    return common.make_loaders([(bits, None) for bits in images], source, batch_size, device)
+        images = [read_amat(paths[name], n_rows) for name, n_rows in FILES.items()]
+        description = 'static binarised MNIST, the three distributed .amat files'
+        source = {'dataset': 'mnist', 'description': description, 'sha256': {}}
+    for split, bits in zip(('train', 'valid', 'test'), images, strict=True):
+        source['sha256'][f'bits_{split}'] = hashlib.sha256(np.packbits(bits)).hexdigest()
+    return make_loaders([(bits, None) for bits in images], source, batch_size, device)
 
 
 def binarise(grey: np.ndarray, random: np.random.RandomState) -> np.ndarray:
-    """Bits that are 1 with probability x/255: x exceeds exactly x of the values 0 to 254.
-
-    RandomState because numpy promises its stream for good, unlike that of its newer Generator;
-    whole numbers because no device or library rounds them.
-    """
+    """Bits that are 1 with probability x/255, since x exceeds exactly x of the values 0 to 254."""
+    # RandomState, unlike Generator, gives the same numbers in every version of numpy.
     return (grey > random.randint(255, size=grey.shape, dtype=np.uint8)).astype(np.uint8)
+
+
+def read_amat(path: Path, n_rows: int) -> np.ndarray:
+    """The (n_rows, 784) array of 0 and 1 in a text file with an image on each line."""
+    rows = []
+    for number, line in enumerate(read_file(path).splitlines(), start=1):
+        values = line.split()  # at any white space, in which the copies in circulation differ
+        row = b''.join(values)
+        if row and (not len(values) == len(row) == PIXELS or row.strip(b'01')):
+            raise DataError(f'{path}: expected {PIXELS} values, each 0 or 1, found {len(values)} '
+                            f'in line {number}: {sorted(set(values))!r:.60}')
+        rows.append(row)
+    images = np.frombuffer(b''.join(rows), np.uint8).reshape(-1, PIXELS) - ord('0')
+    if len(images) != n_rows:
+        raise DataError(f'{path}: expected {n_rows:,} rows, found {len(images):,}')
+    return images
