@@ -1,38 +1,37 @@
-r"""The trained models side by side, on the same measures: how good, how varied, how dear?
+"""The trained models side by side: how good and how varied their samples are, by equal measures.
 
-The VAE with 20 latent dimensions on binarised digits and on grey ones, the GAN and the flow of
-this project, and the template's GAN and flow, where other seeds were trained with their mean and
-spread. A digit classifier (`measures.py`) judges as many samples of each run as there are test
-images; real images, measured alike, are the floor. Besides: do samples copy training images, what
-do a model's training and a sample cost, and what can it do that others cannot, tell a likelihood
-and find the code of an image?
+Compared are the VAE with 20 latent dimensions on binarised digits and on grey ones, the GAN and
+the flow of this project, and the template's GAN and flow; if other seeds were trained, with mean
+and spread. A digit classifier (`measures.py`) judges as many samples of each run as there are test
+images; real images, measured in the same way, are the floor. Further columns say whether samples
+copy training images, what training and sampling cost, and, where a model can tell, the likelihood
+of images and how well an image is encoded and decoded.
 
     python code/a3_compare.py
+    python code/a3_compare.py --only nf
 
 Reads the finished runs of the three scripts, with their weights, and says which are missing and
-how to make them. Writes `report/results/compare/`: a figure of samples, two tables for the report,
-and their numbers for each run (`measures.csv`) and each model (`metrics.json`).
+how to make them. Writes `report/results/compare/`: a figure of samples, and the numbers of each
+run (`measures.csv`) and each model (`metrics.json`).
 """
 
 import argparse
 import hashlib
-import io
 import json
-import math
 import shlex
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 import a3_gan
 import a3_nf
@@ -40,18 +39,19 @@ import a3_vae
 import figures
 import measures
 import runs
+from command_line import Parser, RunError, launch
 from datasets.bmnist import bmnist
 from datasets.mnist import mnist
+from experiments import COMPARED, Job, seeds_of
+from files import atomic, read_csv, write_csv, write_json
 
-SEED = 42  # of the runs whose folders do not name one
-N_SAMPLES = 10_000  # of each run
-N_BLOCKS = 10  # that they are drawn in, each of them timed
-DECODED = 10  # from one test image that is encoded and decoded to the next
+N_SAMPLES = 10_000  # samples of each run
+N_BLOCKS = 10  # blocks that the samples are drawn in, each of them timed
+DECODED = 10  # every tenth test image is encoded and decoded
 NEAR_COPY = 0.01  # the share of test images that count as copies
-ROWS = 500  # in a block of distances, of 60,000 each
+ROWS = 500  # images in a block of distances
 SHOWN = 25, 2  # columns and rows of each model's samples in the figure
-LIKELIHOODS = 'test_nll_nats', 'test_bpd'  # of binarised images, and of grey ones
-COSTS = 'parameters', 'train_minutes', 'images_per_second'  # as of the first run
+COSTS = 'parameters', 'train_minutes', 'images_per_second'  # taken from a model's first run
 
 
 # --- the models ----------------------------------------------------------------------------------
@@ -60,57 +60,26 @@ COSTS = 'parameters', 'train_minutes', 'images_per_second'  # as of the first ru
 class Kind(NamedTuple):
     """What the models of one script have in common.
 
-    `part` of the checkpoint is the network that `make` gives for the run's arguments; `sampler`
-    takes it and gives a function from a number to so many samples, (N, 784) in [0, 1]; `errors`
-    takes it and the same number of images with values 0 to 255 and with 0 and 1, and gives decoded
-    minus encoded ones, (N, 784), in units of a pixel's range.
+    `part` is the checkpoint's name of the network that `make` makes from the run's arguments.
+    `sampler` takes it and gives a function that draws N samples, (N, 784) in [0, 1].
+    `errors` takes it and the same images with values 0 to 255 and with 0 and 1, and gives decoded
+    minus encoded images, (N, 784), in units of a pixel's range.
     """
-    parse_args: Callable[[list[str]], argparse.Namespace]
+    script: ModuleType
     part: str
     make: Callable[[argparse.Namespace], nn.Module]
     sampler: Callable[[nn.Module], Callable[[int], Tensor]]
     errors: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
 
 
-class Model(NamedTuple):
-    """One line of the tables: its runs, how they are made, and where they tell a likelihood.
-
-    `likelihood` has that of LIKELIHOODS which it tells, and its name in the runs' `metrics.json`.
-    """
-    name: str
-    label: str
-    command: str
-    seeds: tuple[int, ...] = (SEED,)
-    likelihood: dict[str, str] = {}
-
-    def folder(self, seed: int) -> str:
-        """The name of the run of that seed."""
-        return self.name + f'_seed{seed}' * (seed != SEED)
-
-
-MODELS = [
-    Model('vae_z20', 'VAE', 'a3_vae.py --zdim 20 --iw_samples 1000', (42, 43, 44),
-          {'test_nll_nats': 'test_nll_nats'}),
-    Model('vae_gaussian_z20', 'VAE, Gaussian', 'a3_vae.py --likelihood gaussian --iw_samples 1000',
-          likelihood={'test_bpd': 'test_nll_bpd'}),
-    Model('gan', 'GAN', 'a3_gan.py', (42, 43, 44)),
-    Model('gan_template', 'GAN, template',
-          'a3_gan.py --arch mlp --n_epochs 100 --batch_size 64 --lr 2e-4 --beta1 0.9 '
-          '--beta2 0.999 --schedule constant --penalty 0 --max_shift 0 --average 0 '
-          '--precision fp32'),
-    Model('nf', 'flow', 'a3_nf.py', (42, 43, 44), {'test_bpd': 'test_bpd'}),
-    Model('nf_mlp', 'flow, template', 'a3_nf.py --arch mlp', likelihood={'test_bpd': 'test_bpd'}),
-]
-
-
 def vae_sampler(model: a3_vae.VAE) -> Callable[[int], Tensor]:
-    """Means of p(x|z): what is drawn from it has independent noise on every pixel."""
+    """Means of p(x|z), since draws from it have independent noise on every pixel."""
     return lambda n: model.sample(n)[1]
 
 
-def gan_sampler(averaged: AveragedModel) -> Callable[[int], Tensor]:
-    """As `a3_gan.sample`, but the batch statistics, the same at each call, are taken once."""
-    latent_dim, device = averaged.module.latent_dim, next(averaged.parameters()).device
+def gan_sampler(averaged: a3_gan.Generator) -> Callable[[int], Tensor]:
+    """Like `a3_gan.sample`, but the batch statistics, always the same, are taken only once."""
+    latent_dim, device = averaged.latent_dim, next(averaged.parameters()).device
     a3_gan.sample(averaged, torch.zeros(1, latent_dim, device=device))
     return lambda n: (averaged(torch.randn(n, latent_dim, device=device)) + 1) / 2
 
@@ -121,36 +90,23 @@ def flow_sampler(model: a3_nf.Model) -> Callable[[int], Tensor]:
 
 
 def vae_errors(model: a3_vae.VAE, grey: Tensor, bits: Tensor) -> Tensor:
-    """Of the mean image of the mean code; images are as the model is trained on them."""
+    """The errors of the mean image of the mean code, on images as the model is trained on them."""
     is_grey = isinstance(model.decoder, a3_vae.GaussianDecoder)
     [x] = a3_vae.prepared([(grey, None)] if is_grey else [bits], grey=is_grey)
     return model.decoder(model.encoder(x)[0]) - x
 
 
 def flow_errors(model: a3_nf.Model, grey: Tensor, bits: Tensor) -> Tensor:
-    """Of the inverse, which is rounding; the maps, not the networks, are in float64."""
+    """The errors of the inverse, which are rounding; the maps but not the networks in float64."""
     precise = torch.float32 if grey.device.type == 'mps' else torch.float64  # mps has no other
     batches = model.dequantize(grey.to(precise)).split(a3_nf.EVAL_BATCH)
     return torch.cat([model.decode(model.encode(x)[0]) - x for x in batches]) / 256
 
 
-def make_flow(args: argparse.Namespace) -> a3_nf.Model:
-    return a3_nf.Model([a3_nf.PIXELS], a3_nf.Flow([a3_nf.PIXELS], args.n_flows, args.n_hidden)
-                       if args.arch == 'mlp' else
-                       a3_nf.MultiScaleFlow(args.n_hidden, args.n_layers, args.n_embedding,
-                                            args.max_ranks))
-
-
 KINDS = {
-    'a3_vae.py': Kind(a3_vae.parse_args, 'model',
-                      lambda args: a3_vae.VAE(args.hidden_dim, args.zdim, args.n_layers,
-                                              args.skip == 'yes', args.likelihood),
-                      vae_sampler, vae_errors),
-    'a3_gan.py': Kind(a3_gan.parse_args, 'averaged',
-                      lambda args: a3_gan.average(a3_gan.Generator(args.latent_dim, args.arch),
-                                                  args.average),
-                      gan_sampler),
-    'a3_nf.py': Kind(a3_nf.parse_args, 'model', make_flow, flow_sampler, flow_errors),
+    'a3_vae': Kind(a3_vae, 'model', a3_vae.make_model, vae_sampler, vae_errors),
+    'a3_gan': Kind(a3_gan, 'averaged', lambda args: a3_gan.make_model(args)[0], gan_sampler),
+    'a3_nf': Kind(a3_nf, 'model', a3_nf.make_model, flow_sampler, flow_errors),
 }
 
 
@@ -159,10 +115,7 @@ KINDS = {
 
 @torch.no_grad()
 def draw(sampler: Callable[[int], Tensor], n: int) -> tuple[Tensor, float]:
-    """n samples, of 8 bits as the data are, and how many images a second it took, as a median.
-
-    Returns (n, 784) in [0, 1].
-    """
+    """n samples (n, 784) in [0, 1], in 8 bits like the data, and the median of images a second."""
     blocks, rates = [], []
     for _ in range(N_BLOCKS):
         start = time.perf_counter()
@@ -173,36 +126,27 @@ def draw(sampler: Callable[[int], Tensor], n: int) -> tuple[Tensor, float]:
 
 
 def nearest_distances(images: Tensor, others: Tensor) -> Tensor:
-    """The Euclidean distance of each image to the nearest of the others, exactly 0 to a copy.
-
-    Shapes: (N, D) and (M, D) to (N,).
-    """
-    # ‖a − b‖² is least where a·b − ‖b‖²/2 is greatest. That it is found by products, with their
-    # rounding, does not blur its distance.
+    """Euclidean distances (N,) of images (N, D) to the nearest of others (M, D), 0 for a copy."""
+    # ‖a − b‖² is least where a·b − ‖b‖²/2 is greatest. The products are rounded, but only choose
+    # the image: its distance is computed exactly below.
     half = others.square().sum(1) / 2
-    nearest = torch.cat([torch.addmm(-half, rows, others.T).argmax(1)
-                         for rows in images.split(ROWS)])
-    return torch.cat([(rows - others[index]).norm(dim=1) for rows, index in
-                      zip(images.split(ROWS), nearest.split(ROWS), strict=True)])
+    return torch.cat([(rows - others[torch.addmm(-half, rows, others.T).argmax(1)]).norm(dim=1)
+                      for rows in images.split(ROWS)])
 
 
 def copy_measures(images: Tensor, train: Tensor, val: Tensor, threshold: float | None = None
                   ) -> tuple[dict[str, float], float]:
-    """Are these images copies of training images? How near they are says little: blur is near to
-    everything.
+    """Whether images copy training images; all images are (N, 784) in [0, 1].
 
-    So, after Meehan et al., A Non-Parametric Test to Detect Data-Copying in Generative Models
-    (AISTATS 2020), training images are held against others that no model was fitted to, the
-    validation images. A near copy's distance to the nearest training image is, divided by that to
-    the nearest validation image, below the threshold. This is set by test images, of which a share
-    NEAR_COPY is below it; a model that copies has more.
+    A small distance alone says little: blur is near to everything. So, following Meehan et al.,
+    A Non-Parametric Test to Detect Data-Copying in Generative Models (AISTATS 2020), distances to
+    training images are compared with those to validation images, which no model was fitted to. A
+    near copy is an image whose distance to the nearest training image, divided by that to the
+    nearest validation image, is below a threshold. Test images are measured without one and set
+    it, so that a share NEAR_COPY of them is below; a model that copies has more.
 
-    Args:
-        images, train, val: (N, 784) in [0, 1] each.
-        threshold: of the ratio; where None the one that these images set.
-
-    Returns:
-        The median distance to a training image and the share of near copies, and the threshold.
+    Returns the median distance to a training image and the share of near copies by their names in
+    `metrics.json`, and the threshold.
     """
     to_train, to_val = (nearest_distances(images, real) for real in (train, val))
     ratios = to_train / to_val.clamp(min=1 / 255)  # one grey level in one pixel
@@ -213,8 +157,8 @@ def copy_measures(images: Tensor, train: Tensor, val: Tensor, threshold: float |
 
 
 def summarise(rows: list[dict]) -> dict[str, float]:
-    """Of a model's runs the mean of each measure and, where there are several, the sample standard
-    deviation as `…_spread`; of what a run costs that of the first. Absent measures are left out.
+    """The mean of each measure over a model's runs and, if there are several, the sample standard
+    deviation as `…_spread`. Costs are those of the first run. Absent measures are left out.
     """
     summary = {}
     for name, first in rows[0].items():
@@ -226,228 +170,164 @@ def summarise(rows: list[dict]) -> dict[str, float]:
     return summary
 
 
-# --- tables and figure ---------------------------------------------------------------------------
-
-# Of a column the measure, the two lines of its head, and the factor that the unit makes.
-QUALITY = [('frechet', r"Fr\'echet", '', 1), ('inception_score', 'inception', '', 1),
-           ('class_kl', 'class KL', r'$10^{-3}$', 1e3), ('precision', 'precision', r'\%', 100),
-           ('recall', 'recall', r'\%', 100), ('density', 'density', '', 1),
-           ('coverage', 'coverage', r'\%', 100)]
-FURTHER = [('nearest_train_median', 'nearest', '', 1), ('near_copy_share', 'copies', r'\%', 100),
-           ('test_nll_nats', r'$-\log p$', 'nats', 1), ('test_bpd', r'$-\log p$', 'bits/dim', 1),
-           ('reconstruction_rms', 'decoding', 'rms', 1), ('parameters', 'weights', '$10^6$', 1e-6),
-           ('train_minutes', 'training', 'min', 1), ('images_per_second', 'sampling', '1/s', 1)]
-NOTE = r"""
-{n:,} samples of each run, from noise of seed {seed}; of VAEs the means of $p(x|z)$. Mean $\pm$
-standard deviation of runs with seeds {seeds}; where there is no $\pm$, one run with seed {first}.
-"""
-QUALITY_NOTE = NOTE.rstrip() + r"""
-Held against {test:,} test images; real digits are {val:,} validation images. Class KL in nats, of
-the shares of the classes from those of test images.
-"""
-FURTHER_NOTE = NOTE.rstrip() + r"""
-Nearest: median Euclidean distance to one of {train:,} training images, pixels in $[0, 1]$; real
-digits are {test:,} test images. What is blurred is near to everything, so copies: samples whose
-distance to a training image, divided by that to one of {val:,} validation images, is less than of
-all but {share:g}\,\% of test images. Of test images, $-\log p$ in nats where binarised and in bits
-per dimension where grey: the two do not compare. Decoding: root mean square error of a pixel of
-{decoded:,} test images, encoded and decoded, binarised where the model is trained on such. Weights
-of all networks in training; minutes of the first run, and its samples a second, {block:,} at a
-time ({device}).
-"""
+# --- figure --------------------------------------------------------------------------------------
 
 
-def formatted(mean: float | None, spread: float | None = None) -> str:
-    """A number as TeX, or a dash: with a spread to the latter's first digit, or second where the
-    first is 1, and to four decimals at most; without one to three digits and two decimals at most.
-    """
-    if mean is None:
-        return '--'
-    if 0 < abs(mean) < 1e-4:
-        digits, exponent = f'{mean:.0e}'.split('e')
-        return rf'${digits} \cdot 10^{{{int(exponent)}}}$'
-    if spread is None:
-        decimals = min(2, 2 - int(f'{mean:.2e}'.split('e')[1]))
-        return f'{round(mean, decimals):,.{max(0, decimals)}f}'
-    digit, exponent = f'{spread:.0e}'.split('e')
-    decimals = min(4, max(0, (digit == '1') - int(exponent)))
-    return rf'${mean:.{decimals}f}\,{{\scriptstyle\pm {spread:.{decimals}f}}}$'
+def save_samples(filename: Path, samples: dict[str, Tensor | None]) -> None:
+    """For each label its first images, one strip below the other, as wide as the report's text.
 
-
-def table(columns: list[tuple], lines: dict[str, dict], note: str) -> str:
-    """A booktabs tabular, and a note below it, to be input in a table of the report.
-
-    Args:
-        columns: as QUALITY.
-        lines: for each label the measures by name, some of them with `…_spread`.
-    """
-    heads = [' & '.join(['', *(column[i] for column in columns)]).strip() for i in (1, 2)]
-    cells = {label: [formatted(*(None if values.get(key) is None else factor * values[key]
-                                 for key in (name, f'{name}_spread')))
-                     for name, _, _, factor in columns] for label, values in lines.items()}
-    first, *others = (' & '.join([label, *row]) + r' \\' for label, row in cells.items())
-    return '\n'.join([
-        r'{\footnotesize\setlength{\tabcolsep}{2.5pt}%',
-        rf'\begin{{tabular}}{{@{{}}l{"r" * len(columns)}@{{}}}}', r'\toprule',
-        *(rf'{head} \\' for head in heads), r'\midrule', first, r'\midrule', *others,
-        r'\bottomrule', r'\end{tabular}\par\smallskip',
-        rf'\parbox{{\linewidth}}{{\raggedright {note.strip()}}}}}', ''])
-
-
-def save_samples(filename: Path, samples: dict[str, Tensor]) -> None:
-    """For each label its first images, under each other, as PNG of the report's text width.
-
-    Args:
-        samples: for each label images, (N, 784) in [0, 1], as many as SHOWN says or more.
+    Images are (N, 784) in [0, 1], as many as SHOWN says or more; None keeps the strip that the
+    file has. Raises RunError if the file is of another shape.
     """
     columns, rows = SHOWN
-    dpi, scale, margin, gap = 300, 2, 200, 16  # pixels of the file: of an image's pixel, in all
-    strips = []
-    for images in samples.values():
-        cells = images[:columns * rows].cpu().numpy().reshape(-1, 28, 28)
-        cells = np.pad(cells, [(0, 0), (0, 1), (0, 1)], constant_values=0.75)  # light lines
-        grid = cells.reshape(rows, columns, 29, 29).swapaxes(1, 2).reshape(rows * 29, -1)
-        grey = (255 * grid[:-1, :-1]).round().astype(np.uint8).repeat(scale, 0).repeat(scale, 1)
-        strips.append(np.stack([grey] * 3, axis=-1))
-    height, width, _ = strips[0].shape
-    total = len(strips) * (height + gap) - gap
+    dpi, scale, margin, gap = 300, 2, 200, 16  # in pixels of the file; scale: per image pixel
+    height, width = scale * (29 * rows - 1), scale * (29 * columns - 1)
+    shape = len(samples) * (height + gap) - gap, margin + width
+    canvas = imread(filename)[..., 0] if None in samples.values() else np.ones(shape)
+    if canvas.shape != shape:
+        raise RunError(f'{filename} is of another shape: leave out --only')
+    canvas[:, :margin] = 1  # the labels are written anew
     with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=((margin + width) / dpi, total / dpi), dpi=dpi)
-        for i, (label, strip) in enumerate(zip(samples, strips, strict=True)):
-            bottom = total - i * (height + gap) - height
-            figure.figimage(strip, margin, bottom)  # pixel for pixel
-            figure.text(0, (bottom + height / 2) / total, label.replace(', ', ',\n'), va='center')
-        content = io.BytesIO()
-        figure.savefig(content, format='png', metadata={'Software': None})
-    runs.write_atomic(filename, content.getvalue())
+        figure = Figure(figsize=(shape[1] / dpi, shape[0] / dpi), dpi=dpi)
+        for index, (label, images) in enumerate(samples.items()):
+            top = index * (height + gap)
+            figure.text(0, 1 - (top + height / 2) / shape[0], label.replace(', ', ',\n'),
+                        va='center')
+            if images is not None:
+                cells = images[:columns * rows].cpu().numpy().reshape(rows, columns, 28, 28)
+                cells = np.pad(cells, [(0, 0), (0, 0), (0, 1), (0, 1)], constant_values=0.75)
+                grid = cells.swapaxes(1, 2).reshape(29 * rows, 29 * columns)[:-1, :-1]
+                canvas[top:top + height, margin:] = grid.repeat(scale, 0).repeat(scale, 1)
+        grey = (255 * canvas).round().astype(np.uint8)
+        figure.figimage(np.stack([grey] * 3, axis=-1))  # pixel for pixel
+        with atomic(filename) as file:
+            figure.savefig(file, format='png', metadata={'Software': None})
 
 
 # --- the comparison ------------------------------------------------------------------------------
 
 
-def load_all(args: argparse.Namespace, suffix: str) -> dict[str, tuple[nn.Module, bytes]]:
-    """The network of every run and its `metrics.json`, by its folder.
+def load_all(args: argparse.Namespace, jobs: list[Job], dataset: str) -> dict[str, nn.Module]:
+    """The network of each run by its name; with `--dry_run` untrained.
 
-    With `--dry_run` an untrained network, and no metrics.
-
-    Args:
-        suffix: of the folders, for the data set.
-
-    Raises:
-        RunError: in one line, which names every missing run and the command that makes it.
+    Raises RunError, in one line, which names every missing run and the command that makes it.
     """
-    words = ['--dataset', 'digits'] * bool(suffix)
+    shared, defaults = ['--dataset', dataset] * (dataset == 'digits'), vars(parse_args([]))
     for name in ('data_dir', 'results_dir'):
-        if getattr(args, name) != build_parser().get_default(name):
-            words += [f'--{name}', str(getattr(args, name))]
-    commands = {(folder := model.folder(seed) + suffix): shlex.join([
-        *model.command.split(), *['--seed', str(seed)] * (seed != SEED), '--run', folder, *words])
-        for model in MODELS for seed in model.seeds}
-    missing = [folder for folder in commands
-               if not all((args.results_dir / folder / name).is_file()
-                          for name in ('metrics.json', 'checkpoint.pt'))]
-    if missing and not args.dry_run:
-        raise runs.RunError(
-            f'{args.results_dir}: missing, unfinished or without weights: {", ".join(missing)}; '
-            f'make {"it" if len(missing) == 1 else "them"} with: '
-            + ' && '.join(f'python code/{commands[folder]}' for folder in missing))
-    loaded = {}
-    for folder, command in commands.items():
-        script, *words = command.split()
-        kind, path = KINDS[script], args.results_dir / folder
-        if args.dry_run:
-            runs.seed_all(args.seed, folder)
-            loaded[folder] = kind.make(kind.parse_args(words)).eval(), b'{}'
-        else:
-            loaded[folder] = (runs.load_trained(path, command, kind.part, kind.make),
-                              (path / 'metrics.json').read_bytes())
-    return loaded
+        if getattr(args, name) != defaults[name]:
+            shared += [f'--{name}', str(getattr(args, name))]
+    missing = [job for job in jobs if not (args.dry_run or job.has_weights(args.results_dir))]
+    if missing:
+        commands = [shlex.join(['python', f'code/{job.script}.py', *job.words, '--run', job.name,
+                                *shared]) for job in missing]
+        raise RunError(f'{args.results_dir}: missing, unfinished or without weights: '
+                       f'{", ".join(job.name for job in missing)}; '
+                       f'make {"it" if len(missing) == 1 else "them"} with: '
+                       + ' && '.join(commands))
+    networks = {}
+    for job in jobs:
+        kind = KINDS[job.script]
+        runs.seed_all(args.seed, job.name)
+        networks[job.name] = (
+            kind.make(kind.script.parse_args(job.words)).eval() if args.dry_run else
+            runs.load_trained(args.results_dir / job.name, job.script, kind.part, kind.make))
+    return networks
 
 
-def build_parser() -> runs.Parser:
-    parser = runs.Parser(__doc__)
-    parser.add_shared_arguments(trains=False)
-    return parser
+def kept(folder: Path, classifier: str) -> tuple[dict, dict[str, dict], dict[str, str]]:
+    """What the folder has of a comparison: its metrics, and for each run its row and its digest.
+
+    Raises RunError, in one line, if it has none, or one by a classifier with another sha256.
+    """
+    try:
+        metrics = runs.read_json(folder / 'metrics.json')
+        digests = runs.read_json(folder / 'config.json')['runs']
+        rows = {row['run']: row for row in read_csv(folder / 'measures.csv')}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f'{folder} has no comparison to add to, leave out --only: {error}'
+                       ) from None
+    if metrics.get('classifier_sha256') != classifier:
+        raise RunError(f'{folder} was judged by another classifier: leave out --only')
+    return metrics, rows, digests
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    return build_parser().parse_args(argv)
+    parser = Parser(__doc__)
+    parser.add_argument('--only', nargs='+', choices=tuple(COMPARED), metavar='NAME',
+                        help='measure these models again and keep the rest of the last comparison '
+                             f'(default: all): {", ".join(COMPARED)}')
+    parser.add_shared_arguments(trains=False)
+    return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     device = runs.pick_device(args.device)
     train, val, test = mnist(args.data_dir, ROWS, not args.dry_run, args.dataset, device)
-    bits = bmnist(args.data_dir, ROWS, not args.dry_run, train.source['dataset'], device)[2]
-    suffix = '_digits' * (train.source['dataset'] == 'digits')
-    n, parent = N_SAMPLES, args.results_dir
+    dataset, n = train.source['dataset'], N_SAMPLES
+    bits = bmnist(args.data_dir, ROWS, not args.dry_run, dataset, device)[2]
     if args.dry_run:
-        n, parent = 200, Path(tempfile.mkdtemp(prefix='a3_'))
+        n, args.only = 200, None
         train, val, test, bits = (loader.head(200) for loader in (train, val, test, bits))
-    loaded = load_all(args, suffix)
-    folder = parent / f'compare{suffix}'
+    names, suffix = args.only or list(COMPARED), '_digits' * (dataset == 'digits')
+    jobs = {model: [job._replace(name=job.name + suffix) for job in seeds_of(model)]
+            for model in COMPARED}
+    networks = load_all(args, [job for model in names for job in jobs[model]], dataset)
+    folder = args.results_dir / f'compare{suffix}'
     print(f'{folder}: {"dry run" if args.dry_run else "comparison"} on {device}, '
           f'{train.source["description"]}')
 
-    classifier = measures.load_classifier(parent / f'classifier{suffix}', train, val)
+    classifier = measures.load_classifier(args.results_dir / f'classifier{suffix}', train, val)
+    sha256 = measures.fingerprint(classifier)
+    metrics, rows, digests = kept(folder, sha256) if args.only else ({}, {}, {})
     real_train, real_val, real_test = (loader.images / 255 for loader in (train, val, test))
     judge = measures.Judge(classifier, real_test, test.labels)
-    floor_copies, threshold = copy_measures(real_test, real_train, real_val)
+    copies, threshold = copy_measures(real_test, real_train, real_val)
+    floor = judge.measure(real_val) | copies
+    metrics |= {'seed': args.seed, 'samples': n, 'near_copy_ratio': threshold,
+                'classifier_sha256': sha256} | {f'floor_{key}': floor[key] for key in floor}
+    rows['floor'] = {'run': 'floor'} | floor | dict.fromkeys(
+        ('reconstruction_rms', 'test_nll_nats', 'test_bpd', *COSTS))
     decoded = test.images[::DECODED].float(), bits.images[::DECODED].float()
-    floor = {'run': 'floor', **judge.measure(real_val), **floor_copies,
-             **dict.fromkeys(('reconstruction_rms', *LIKELIHOODS, *COSTS))}
-    rows, summaries, samples = [floor], {'real digits': floor}, {'real digits': real_test}
-    for model in MODELS:
-        kind = KINDS[model.command.split()[0]]
-        for seed in model.seeds:
-            name = model.folder(seed) + suffix
-            network, trained = loaded[name][0].to(device), json.loads(loaded[name][1])
-            runs.seed_all(args.seed, f'compared {name}')
+    samples = {'real digits': real_test} | dict.fromkeys(COMPARED.values())
+    for model in names:
+        for job in jobs[model]:
+            run, kind, network = job.name, KINDS[job.script], networks[job.name].to(device)
+            content = b'{}' if args.dry_run else (
+                args.results_dir / run / 'metrics.json').read_bytes()
+            trained, digests[run] = json.loads(content), hashlib.sha256(content).hexdigest()
+            bpd = trained.get('test_bpd', trained.get('test_nll_bpd'))
+            runs.seed_all(args.seed, f'compared {run}')
             images, rate = draw(kind.sampler(network), n)
-            samples.setdefault(model.label, images)
-            rms = None
-            if kind.errors is not None:
-                with torch.no_grad():
-                    rms = float(kind.errors(network, *decoded).square().mean().sqrt())
-            row = {'run': name, **judge.measure(images),
-                   **copy_measures(images, real_train, real_val, threshold)[0],
-                   'reconstruction_rms': rms,
-                   **{key: trained.get(model.likelihood.get(key)) for key in LIKELIHOODS},
-                   **{key: trained.get(key) for key in COSTS}, 'images_per_second': rate}
-            for key, value in row.items():
-                if isinstance(value, float) and not math.isfinite(value):
-                    raise runs.RunError(f'{name}: {key} is {value}', status=1)
-            rows.append(row)
-            print(f'{name}  ' + '  '.join(f'{key} {value:.4g}' for key, value in row.items()
-                                          if isinstance(value, float)), flush=True)
-        summaries[model.label] = summarise(rows[-len(model.seeds):])
+            with torch.no_grad():
+                rms = kind.errors and float(kind.errors(network, *decoded).square().mean().sqrt())
+            copies, _ = copy_measures(images, real_train, real_val, threshold)
+            rows[run] = {'run': run} | judge.measure(images) | copies | {
+                'reconstruction_rms': rms,
+                'test_nll_nats': trained.get('test_nll_nats') if bpd is None else None,
+                'test_bpd': bpd, 'parameters': trained.get('parameters'),
+                'train_minutes': trained.get('train_minutes'), 'images_per_second': rate}
+            runs.finite(rows[run], f'in {run}')
+            if job is jobs[model][0]:
+                samples[COMPARED[model]] = images
+            print(f'{run}  ' + '  '.join(f'{key} {value:.4g}' for key, value in rows[run].items()
+                                         if isinstance(value, float)), flush=True)
+        metrics |= {f'{model}_{key}': value for key, value in
+                    summarise([rows[job.name] for job in jobs[model]]).items()}
 
-    seeds = max((model.seeds for model in MODELS), key=len)
-    numbers = {'n': n, 'seed': args.seed, 'train': len(train.images), 'val': len(val.images),
-               'test': len(test.images), 'decoded': len(decoded[0]), 'block': n // N_BLOCKS,
-               'share': 100 * NEAR_COPY, 'first': SEED, 'seeds': ', '.join(map(str, seeds)),
-               'device': f'{device.type}, {torch.get_num_threads()} threads'}
-    digests = {name: hashlib.sha256(content).hexdigest() for name, (_, content) in loaded.items()}
     source = train.source | {'sha256': train.source['sha256'] | bits.source['sha256']}
-    config = runs.describe(__file__, args, source, device) | {'runs': digests}
-    metrics = {'seed': args.seed, 'samples': n, 'near_copy_ratio': threshold,
-               'classifier_sha256': measures.fingerprint(classifier),
-               **{f'floor_{key}': value for key, value in summarise([floor]).items()},
-               **{f'{model.name}_{key}': value for model in MODELS
-                  for key, value in summaries[model.label].items()}}
-
+    args.only = None  # whatever was measured again, the comparison is one of all models
+    config = runs.describe(main, args, source, device) | {'runs': digests}
+    if not args.dry_run:
+        config['fingerprint'] = runs.fingerprint(main, args)
     folder.mkdir(parents=True, exist_ok=True)
+    save_samples(folder / 'samples.png', samples)  # first, since it may refuse to add to a file
     (folder / 'metrics.json').unlink(missing_ok=True)  # until the rest is there
-    runs.write_atomic(folder / 'config.json', json.dumps(config, indent=2) + '\n')
-    runs.write_csv(folder / 'measures.csv', rows)
-    for name, columns, note in (('table_quality.tex', QUALITY, QUALITY_NOTE),
-                                ('table_further.tex', FURTHER, FURTHER_NOTE)):
-        runs.write_atomic(folder / name, table(columns, summaries, note.format(**numbers)))
-    save_samples(folder / 'samples.png', samples)
-    runs.write_atomic(folder / 'metrics.json', json.dumps(
-        {key: float(f'{value:.6g}') if isinstance(value, float) else value
-         for key, value in metrics.items()}, indent=2) + '\n')
+    write_json(folder / 'config.json', config)
+    order = ['floor', *(job.name for model in COMPARED for job in jobs[model])]
+    write_csv(folder / 'measures.csv', [rows[run] for run in order])
+    write_json(folder / 'metrics.json', runs.finite(metrics, 'in the comparison'))
     print(f'files in {folder}: ' + ', '.join(sorted(path.name for path in folder.iterdir())))
 
 
 if __name__ == '__main__':
-    runs.launch(main, parse_args())
+    launch(main, parse_args())

@@ -1,36 +1,35 @@
-r"""What the report says of its runs, from `results/` to LaTeX: numbers.tex and the tables.
+r"""Typeset what the runs of `code/experiments.py` measured: numbers.tex, and every table.
 
-Each number becomes a macro, named by its run and its name in `metrics.json`, units and all, or in
-the last row of `log.csv`: `\result{vae_z20}{test_nll_nats}` in the report. A name that no run has
-is an error of LaTeX then, and a run that has not ended is one of this script: either stops the
-build and says which. Texts are escaped, so nothing in a results file reaches LaTeX as a command.
+Each number becomes a macro, named after its run and its name in `metrics.json`, or in the last row
+of `log.csv`: `\result{vae_z20}{test_nll_nats}` in the report. A name that no run has is then an
+error of LaTeX, and a run that has not finished is one of this script: either stops the build and
+names it. Texts are escaped, so that nothing in a results file reaches LaTeX as a command. Needs
+nothing but Python.
 
-    python report/measured.py
+    python3 report/measured.py
 """
 
-import csv
 import json
 import re
-import shlex
 import sys
 from pathlib import Path
 
-import results
-from results import REPORT
+REPORT = Path(__file__).resolve().parent
+RESULTS = REPORT / 'results'
+sys.path.insert(0, str(REPORT.parent / 'code'))
 
-import runs
+import experiments  # noqa: E402
+from files import read_csv, write_text  # noqa: E402
 
-# Of metrics, by the end of their names, the longest that fits: how they are printed.
-FORMATS = {'bpd': '.3f', 'bpd_iw': '.3f', 'class_kl': '.4f', 'class_kl_floor': '.4f',
-           'log10': '.1f', 'frechet': '.1f', 'frechet_floor': '.1f', 'frechet_fitted': '.1f',
-           'frechet_spread': '.1f', 'per_second': ',.0f', 'copy_share': '.3f',
-           'nats': '.1f', 'minutes': '.1f', 'memory_mb': '.0f', 'accuracy': '.3f',
-           'loss_nats': '.2f', 'share_min': '.3f', 'share_max': '.3f', 'share_min_floor': '.3f',
-           'share_max_floor': '.3f', 'max_error': '.1e', 'd_real': '.2f', 'd_fake': '.2f',
-           '': '.2f'}
+# How metrics are printed, by the end of their names, `_floor` aside: the longest end that fits.
+FORMATS = {'bpd': '.3f', 'bpd_iw': '.3f', 'class_kl': '.4f', 'log10': '.1f', 'frechet': '.1f',
+           'frechet_fitted': '.1f', 'frechet_spread': '.1f', 'per_second': ',.0f',
+           'copy_share': '.3f', 'nats': '.1f', 'minutes': '.1f', 'memory_mb': '.0f',
+           'accuracy': '.3f', 'loss_nats': '.2f', 'share_min': '.3f', 'share_max': '.3f',
+           'max_error': '.1e', '': '.2f'}
 # What a choice of the ablations means, for those who do not know the flags.
 CHOICES = {
-    '': 'our setting, for so many epochs',
+    '': 'our setting, for the same number of epochs',
     '--augment 0': 'training images never changed',
     '--skip no': 'no residual connections',
     '--hidden_dim 256': '256 units a layer, not 512',
@@ -49,104 +48,155 @@ CHOICES = {
     '--max_ranks 8 --n_layers 2': 'eight ranks, two residual layers',
 }
 COLUMNS = {'val_neg_elbo_nats': 'validation, nats', 'train_neg_elbo_nats': 'training, nats',
-           'val_frechet': 'Fréchet distance', 'class_share_min': 'share of rarest class',
-           'd_real': r'$D(\mathbf{x})$', 'd_fake': r'$D(G(\mathbf{z}))$',
            'val_bpd': 'validation, bits', 'train_bpd': 'training, bits',
-           'parameters': 'parameters'}
+           'parameters': 'parameters', 'val_frechet': 'Fréchet distance',
+           'class_share_min': 'share of rarest class', 'd_real': r'$D(\mathbf{x})$',
+           'd_fake': r'$D(G(\mathbf{z}))$'}
+# The columns of the two tables that compare models: the metric, the two lines of its head, and
+# the factor that its unit asks for.
+QUALITY = [('frechet', r"Fr\'echet", '', 1), ('inception_score', 'inception', '', 1),
+           ('class_kl', 'class KL', r'$10^{-3}$', 1e3), ('precision', 'precision', r'\%', 100),
+           ('recall', 'recall', r'\%', 100), ('density', 'density', '', 1),
+           ('coverage', 'coverage', r'\%', 100)]
+FURTHER = [('nearest_train_median', 'nearest', '', 1), ('near_copy_share', 'copies', r'\%', 100),
+           ('test_nll_nats', r'$-\log p$', 'nats', 1), ('test_bpd', r'$-\log p$', 'bits/dim', 1),
+           ('reconstruction_rms', 'decoding', 'rms', 1), ('parameters', 'weights', '$10^6$', 1e-6),
+           ('train_minutes', 'training', 'min', 1), ('images_per_second', 'sampling', '1/s', 1)]
+LATENT_SIZES = ['$J$', r'val.\ $-$ELBO', r'test $-$ELBO', 'reconstruction', 'KL',
+                r'$-\log p(x)$', 'in use']
 
 
 def escaped(text: str) -> str:
     """The text as LaTeX prints it, letter by letter."""
     special = {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}',
                '-': '-{}', **{character: '\\' + character for character in '{}$&#_%'}}
-    return ''.join(special.get(character, character) for character in text)
+    return text.translate(str.maketrans(special))
 
 
 def rounded(name: str, value: float) -> str:
     """The value as the report prints it; whole numbers in groups of three digits."""
     if isinstance(value, int):
         return f'{value:,}'.replace(',', '{,}')
-    form = max((end for end in FORMATS if name.endswith(end)), key=len)
+    form = max((end for end in FORMATS if name.removesuffix('_floor').endswith(end)), key=len)
     mantissa, _, exponent = f'{value:{FORMATS[form]}}'.partition('e')
     return rf'\ensuremath{{{mantissa}\cdot 10^{{{int(exponent)}}}}}' if exponent else mantissa
 
 
-def finished(folder: Path) -> dict:
-    """What the run measured. Exits where it has not ended."""
+def formatted(mean: float | None, spread: float | None = None) -> str:
+    """A number of a comparison as the report prints it, or a dash for None.
+
+    With a spread it goes to the spread's first digit, or second if the first is 1, and to four
+    decimals at most; without one to three digits, and two decimals at most.
+    """
+    if mean is None:
+        return '--'
+    if 0 < abs(mean) < 1e-4:
+        digits, exponent = f'{mean:.0e}'.split('e')
+        return rf'${digits} \cdot 10^{{{int(exponent)}}}$'
+    if spread is None:
+        decimals = min(2, 2 - int(f'{mean:.2e}'.split('e')[1]))
+        return f'{round(mean, decimals):,.{max(0, decimals)}f}'
+    digit, exponent = f'{spread:.0e}'.split('e')
+    decimals = min(4, max(0, (digit == '1') - int(exponent)))
+    return rf'${mean:.{decimals}f}\,{{\scriptstyle\pm {spread:.{decimals}f}}}$'
+
+
+def read(run: str, file: str) -> dict:
+    """A JSON file of a run; exits if the run has not finished."""
     try:
-        return json.loads((folder / 'metrics.json').read_text())
+        return json.loads((RESULTS / run / file).read_text())
     except (OSError, ValueError):
-        sys.exit(f'measured.py: error: {folder} is not the folder of a finished run')
+        sys.exit(f'measured.py: error: {RESULTS / run} is not the folder of a finished run')
 
 
-def last_row(folder: Path) -> dict[str, float]:
-    """The numbers of the last epoch in the run's log; none where it has no log."""
-    path = folder / 'log.csv'
-    if not path.is_file():
-        return {}
-    with path.open() as file:
-        row = list(csv.DictReader(file))[-1]
-    return {name: float(value) for name, value in row.items()
+def last_row(run: str) -> dict[str, float]:
+    """The numbers of the last epoch in the run's log; none if it has no log."""
+    path = RESULTS / run / 'log.csv'
+    last = read_csv(path)[-1] if path.is_file() else {}
+    return {name: float(value) for name, value in last.items()
             if value and name != 'epoch' and not name.endswith('seconds')}
 
 
 def numbers() -> list[str]:
     r"""The lines of numbers.tex: a macro for every number of every run."""
     lines = ['% Written by measured.py from results/: change those, not this.']
-    for folder in sorted(path.parent for path in REPORT.glob('results/*/config.json')):
-        for name, value in (last_row(folder) | finished(folder)).items():
+    for run in ['classifier', *(job.name for job in experiments.MAIN + experiments.FIGURES)]:
+        for name, value in (last_row(run) | read(run, 'metrics.json')).items():
             if isinstance(value, int | float) and re.fullmatch('[a-z0-9_]+', name):
-                lines.append(rf'\expandafter\newcommand\csname result/{folder.name}/{name}'
+                lines.append(rf'\expandafter\newcommand\csname result/{run}/{name}'
                              rf'\endcsname{{{rounded(name, value)}}}')
     return lines
 
 
-def tabular(columns: str, head: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a table, of cells that are LaTeX already."""
-    def line(cells: list[str]) -> str:
-        return ' & '.join(cells) + r' \\'
-    return [rf'\begin{{tabular}}{{@{{}}{columns}@{{}}}}', r'\toprule', line(head), r'\midrule',
-            *map(line, rows), r'\bottomrule', r'\end{tabular}']
+def tabular(columns: str, *parts: list[list[str]]) -> list[str]:
+    """The lines of a table whose parts have rules between them and cells in LaTeX already."""
+    lines = [rf'\begin{{tabular}}{{@{{}}{columns}@{{}}}}']
+    for index, part in enumerate(parts):
+        lines.append(r'\midrule' if index else r'\toprule')
+        lines += [' & '.join(cells) + r' \\' for cells in part]
+    return [*lines, r'\bottomrule', r'\end{tabular}']
 
 
 def ablations(table: str) -> list[str]:
     """The runs with one choice changed each: what was changed, and the last figures."""
-    _, common, columns, choices, _ = results.ABLATIONS[table]
-    columns = (*columns, 'parameters') if table == 'nf' else columns
-    path = REPORT / 'results' / f'ablations_{table}.csv'
-    with path.open() as file:
-        measured = {row['setting']: row for row in csv.DictReader(file)}
+    _, shared, columns, choices, _ = experiments.ABLATIONS[table]
+    columns += ('parameters',) * (table == 'nf')
+    path = RESULTS / f'ablations_{table}.csv'
+    measured = {row['setting']: row for row in read_csv(path)}
     rows = []
     for choice in choices:
-        row = measured.get(f'{common} {choice}'.strip())
+        row = measured.get(f'{shared} {choice}'.strip())
         if row is None:
-            sys.exit(f'measured.py: error: {path} has no row of {common} {choice}')
+            sys.exit(f'measured.py: error: {path} has no row for {shared} {choice}')
         cells = [rounded(name, int(row[name]) if name == 'parameters' else float(row[name]))
                  for name in columns]
         rows.append([CHOICES[choice], *cells])
-    return tabular('l' + 'r' * len(columns), ['', *(COLUMNS[c] for c in columns)], rows)
+    return tabular('l' + 'r' * len(columns), [['', *(COLUMNS[name] for name in columns)]], rows)
+
+
+def comparison(columns: list[tuple]) -> list[str]:
+    """The real digits and the compared models; `columns` is QUALITY or FURTHER."""
+    metrics = read('compare', 'metrics.json')
+    rows = []
+    for model, label in {'floor': 'real digits', **experiments.COMPARED}.items():
+        rows.append([label])
+        for name, *_, factor in columns:
+            pair = [metrics.get(f'{model}_{name}{end}') for end in ('', '_spread')]
+            rows[-1].append(formatted(*(value and factor * value for value in pair)))
+    head = [['', *(column[line] for column in columns)] for line in (1, 2)]
+    return tabular('l' + 'r' * len(columns), head, rows[:1], rows[1:])
+
+
+def latent_sizes() -> list[str]:
+    """The VAEs with different numbers of latent dimensions."""
+    rows = read_csv(RESULTS / 'evidence' / 'latent_sizes.csv')
+    return tabular('r' * len(LATENT_SIZES), [LATENT_SIZES], [
+        [value if name in ('zdim', 'dims_in_use') else f'{float(value):.1f}'
+         for name, value in row.items()] for row in rows])
 
 
 def commands() -> list[str]:
     """Every run that the report shows: the command that makes it, seed, threads and minutes."""
     rows = []
-    for job in results.MAIN:
-        folder = REPORT / 'results' / job.folder
-        metrics, config = finished(folder), json.loads((folder / 'config.json').read_text())
+    for job in experiments.MAIN:
+        metrics, config = read(job.name, 'metrics.json'), read(job.name, 'config.json')
         threads = re.search(r'(\d+) threads$', config['hardware'])
-        rows.append([rf'\texttt{{{escaped(job.folder)}}}',
-                     rf'\texttt{{{escaped(shlex.join(job.command.split()))}}}',
+        command = job.command + f' --data_dir data/{job.data}' * bool(job.data)
+        rows.append([rf'\texttt{{{escaped(job.name)}}}', rf'\texttt{{{escaped(command)}}}',
                      str(metrics['seed']), threads.group(1) if threads else '--',
                      rounded('train_minutes', metrics['train_minutes'])])
     return tabular(r'l>{\raggedright\arraybackslash}p{2.55in}rrr',
-                   ['run', r'\texttt{python code/}\dots', 'seed', 'threads', 'minutes'], rows)
+                   [['run', r'\texttt{python code/}\dots', 'seed', 'threads', 'minutes']], rows)
 
 
 def main() -> None:
-    tables = {f'tables/ablations_{table}': ablations(table) for table in results.ABLATIONS}
+    files = {f'tables/ablations_{table}': ablations(table) for table in experiments.ABLATIONS}
     # The numbers last: they are what make looks at, so a fault in a table must not leave them new.
-    for name, lines in (tables | {'tables/commands': commands(), 'numbers': numbers()}).items():
-        runs.write_atomic(REPORT / f'{name}.tex', '\n'.join(lines) + '\n')
+    files |= {'tables/quality': comparison(QUALITY), 'tables/further': comparison(FURTHER),
+              'tables/latent_sizes': latent_sizes(), 'tables/commands': commands(),
+              'numbers': numbers()}
+    for name, lines in files.items():
+        write_text(REPORT / f'{name}.tex', '\n'.join(lines) + '\n')
 
 
 if __name__ == '__main__':

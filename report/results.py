@@ -1,161 +1,130 @@
 """Train and measure every run that the report shows: `make -C report results`.
 
-What has finished with the same script and arguments is skipped, what was cut off goes on from its
-checkpoint, all else starts anew. First the runs that the questions ask for, then those that others
-are held against and other seeds, then short runs with one choice changed each, whose figures are
-gathered in `results/ablations_*.csv`, and at the end the figures that are made of several runs.
+A run that is finished, with these arguments and with code that does the same, is left alone; one
+that was cut off is continued; any other is made anew. The figures that are made of several runs
+come last. If one of them is to be made, the runs that it needs are trained again where their
+weights are missing, as they are in a fresh clone.
 """
 
 import argparse
-import csv
 import hashlib
 import importlib
-import json
+import os
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 REPORT = Path(__file__).resolve().parent
 CODE = REPORT.parent / 'code'
+RESULTS = REPORT / 'results'
 sys.path.insert(0, str(CODE))
 
+import experiments  # noqa: E402
 import runs  # noqa: E402
+from files import read_csv, write_csv  # noqa: E402
 
 
-class Job(NamedTuple):
-    """One run: its folder in `results/`, the command, and about how long two cores take."""
-    folder: str
-    command: str
-    minutes: float
-
-
-TEMPLATE_GAN = ('--arch mlp --n_epochs 100 --batch_size 64 --lr 2e-4 --beta1 0.9 --beta2 0.999 '
-                '--schedule constant --penalty 0 --max_shift 0 --average 0 --precision fp32')
-MAIN = [
-    Job('vae_z20', 'a3_vae.py --zdim 20 --iw_samples 1000', 6),
-    Job('vae_z2', 'a3_vae.py --zdim 2 --iw_samples 1000', 6),
-    Job('gan', 'a3_gan.py', 9),
-    Job('nf', 'a3_nf.py', 20),
-    Job('nf_mlp', 'a3_nf.py --arch mlp', 16),
-    Job('gan_template', f'a3_gan.py {TEMPLATE_GAN}', 16),
-    *(Job(f'vae_z{zdim}', f'a3_vae.py --zdim {zdim} --iw_samples 1000', 6) for zdim in (5, 10)),
-    Job('vae_gaussian_z20', 'a3_vae.py --likelihood gaussian --iw_samples 1000', 9),
-    *(Job(f'{model}_z{zdim}', f'a3_ae.py --model {model} --zdim {zdim}', 3)
-      for zdim in (20, 2) for model in ('ae', 'dae')),
-    *(Job(f'{name}_seed{seed}', f'{command} --seed {seed}', minutes) for seed in (43, 44)
-      for name, command, minutes in (('vae_z20', 'a3_vae.py --zdim 20 --iw_samples 1000', 6),
-                                     ('gan', 'a3_gan.py', 9), ('nf', 'a3_nf.py', 20))),
-]
-# By table: the script, what all its runs have in common, the columns, the choices, the minutes.
-ABLATIONS = {
-    'vae': ('a3_vae.py', '--zdim 20', ('val_neg_elbo_nats', 'train_neg_elbo_nats'),
-            ('', '--augment 0', '--skip no', '--hidden_dim 256', '--n_layers 2',
-             '--precision fp32'), 4),
-    'gan': ('a3_gan.py', '--n_epochs 10', ('val_frechet', 'class_share_min', 'd_real', 'd_fake'),
-            ('', '--arch mlp', '--average 0', '--penalty 0', '--max_shift 0',
-             '--beta1 0.9 --beta2 0.999', '--precision fp32'), 2),
-    'nf': ('a3_nf.py', '--epochs 3', ('val_bpd', 'train_bpd'),
-           ('', '--n_embedding 0', '--max_ranks 64', '--max_ranks 4', '--n_hidden 32',
-            '--n_layers 0', '--max_shift 0', '--max_ranks 8 --n_layers 2', '--precision fp32'),
-           2.5),
-}
-# Made of the runs above, and made anew where one of these is new.
-FIGURES = [Job('evidence', 'a3_evidence.py', 10), Job('compare', 'a3_compare.py', 6)]
-
-
-def ablation_jobs(table: str) -> list[Job]:
-    """The runs of one table of ablations, in folders `results/ablations/…`."""
-    script, common, _, choices, minutes = ABLATIONS[table]
-    return [Job('_'.join(['ablations/' + table, *choice.replace('--', '').split()]),
-                f'{script} {common} {choice}'.strip(), minutes) for choice in choices]
-
-
-def finished(job: Job) -> bool | None:
-    """Whether the run has ended, of this very script and these arguments; None where it is another
-    one, or nothing."""
-    folder = REPORT / 'results' / job.folder
-    script, *words = job.command.split()
+def state(job: experiments.Job) -> str:
+    """Whether the run is `finished`, `cut off` (and can be continued), or `to do`."""
+    folder, module = RESULTS / job.name, importlib.import_module(job.script)
     try:
-        config = json.loads((folder / 'config.json').read_text())
-        before, digest = config['arguments'], config['script_sha256']
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    now = vars(importlib.import_module(script.removesuffix('.py')).parse_args(words))
-    alike = all(before.get(name) == value for name, value in now.items()
-                if name not in runs.NEUTRAL and value not in (None, 'auto'))  # those are chosen
-    if not alike or before.get('only') or digest != runs.script_digest(CODE / script):
-        return None
-    if any(sha256(run) != then for run, then in config.get('runs', {}).items()):
-        return None
-    return (folder / 'metrics.json').is_file()
+        config = runs.read_json(folder / 'config.json')
+    except (OSError, ValueError):
+        return 'to do'
+    args = module.parse_args(job.words)
+    now = {'arguments': vars(args)}
+    if (runs.difference(config, now) or config['arguments'].get('only')
+            or ('binarised once' in config['data'].get('description', '')) != bool(job.data)
+            or any(sha256(run) != then for run, then in config.get('runs', {}).items())
+            or runs.difference(
+                config, now | {'fingerprint': runs.fingerprint(module.main, args)})):
+        return 'to do'
+    if (folder / 'metrics.json').is_file():
+        return 'finished'
+    return 'cut off' if (folder / 'checkpoint.pt').is_file() else 'to do'
 
 
 def sha256(run: str) -> str | None:
-    """Of what the run measured; None where it has not ended."""
-    path = REPORT / 'results' / run / 'metrics.json'
+    """The digest of what the run measured; None if it has not finished."""
+    path = RESULTS / run / 'metrics.json'
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
-def train(job: Job, data_dir: str | None) -> None:
-    """Run the job to its end. Exits with its status where that is not 0."""
-    folder = REPORT / 'results' / job.folder
-    script, *words = job.command.split()
-    words += ['--results_dir', str(folder.parent), '--dataset', 'mnist']
-    words += ['--data_dir', data_dir] if data_dir else []
-    words += ['--run', folder.name] if job not in FIGURES else []
-    words += ['--resume'] if job not in FIGURES and finished(job) is False else []
-    print(f'\n$ python {shlex.join([script, *words])}', flush=True)
-    done = subprocess.run([sys.executable, str(CODE / script), *words])
+def make(job: experiments.Job, state: str, data_dir: Path, threads: int) -> None:
+    """Run the job to its end. Exits with its status if that is not 0."""
+    folder = RESULTS / job.name
+    words = [*job.words, '--results_dir', folder.parent, '--data_dir', data_dir / job.data,
+             '--dataset', 'mnist']
+    if job not in experiments.FIGURES:
+        words += ['--run', folder.name, '--resume' if state == 'cut off' else '--overwrite']
+    command = [str(CODE / f'{job.script}.py'), *map(str, words)]
+    print(f'\n$ python {shlex.join(command)}', flush=True)
+    done = subprocess.run([sys.executable, *command],
+                          env=os.environ | {'OMP_NUM_THREADS': str(threads)})
     if done.returncode:
         sys.exit(done.returncode if done.returncode > 0 else 128 - done.returncode)
 
 
 def gather(table: str) -> None:
-    """Write `results/ablations_<table>.csv`, a row for each run: flags and last figures."""
-    script, common, columns, choices, _ = ABLATIONS[table]
+    """Write `results/ablations_<table>.csv`, a row for each run: its flags and last figures."""
     rows = []
-    for job, choice in zip(ablation_jobs(table), choices, strict=True):
-        folder = REPORT / 'results' / job.folder
-        metrics = json.loads((folder / 'metrics.json').read_text())
-        with (folder / 'log.csv').open() as file:
-            last = list(csv.DictReader(file))[-1]
-        rows.append({'setting': f'{common} {choice}'.strip()}
-                    | {name: float(last[name]) for name in columns}
+    for job in experiments.ablation_jobs(table):
+        last = read_csv(RESULTS / job.name / 'log.csv')[-1]
+        metrics = runs.read_json(RESULTS / job.name / 'metrics.json')
+        rows.append({'setting': ' '.join(job.words)}
+                    | {name: float(last[name]) for name in experiments.ABLATIONS[table][2]}
                     | {name: metrics[name] for name in ('train_minutes', 'parameters', 'seed')})
-    runs.write_csv(REPORT / 'results' / f'ablations_{table}.csv', rows)
+    write_csv(RESULTS / f'ablations_{table}.csv', rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('run', nargs='*', help='of results/, to be made; all if none is named')
-    parser.add_argument('--data_dir', type=lambda path: str(Path(path).resolve()),
-                        help="where MNIST is (default: the project's data/)")
+    parser.add_argument('run', nargs='*', help='names of runs to make (default: all)')
+    parser.add_argument('--data_dir', type=Path, default=REPORT.parent / 'data',
+                        help="folder of MNIST (default: the project's data/)")
+    parser.add_argument('--jobs', type=int, default=1, choices=range(1, 257), metavar='N',
+                        help='runs to make at a time, which share the processors (default: 1)')
     parser.add_argument('--plan', action='store_true', help='say what is to be done, and stop')
     args = parser.parse_args()
-    jobs = MAIN + [job for table in ABLATIONS for job in ablation_jobs(table)] + FIGURES
-    unknown = set(args.run) - {job.folder for job in jobs}
+    jobs = experiments.every_job()
+    unknown = set(args.run) - {job.name for job in jobs}
     if unknown:
         parser.error(f'no such run: {", ".join(sorted(unknown))}')
-    states = {job: finished(job) for job in jobs if not args.run or job.folder in args.run}
-    to_do = [job for job, state in states.items() if not state]
-    for job, state in states.items():
-        print(f'  {"finished" if state else "to go on" if state is False else "to train":9}'
-              f'{job.minutes:5g} min  {job.folder}')
-    print(f'{len(to_do)} of {len(states)} runs to do, about '
-          f'{sum(job.minutes for job in to_do):g} minutes on two cores', flush=True)
+    states = {}
+    for job in jobs:
+        if not args.run or job.name in args.run:
+            states[job] = state(job)
+            print(f'  {states[job]:9}{job.minutes:5g} min  {job.name}', flush=True)
+    to_do = {job: found for job, found in states.items() if found != 'finished'}
+    changed = {job.name for job in to_do}
+    figures = [job for job in experiments.FIGURES if job in states
+               and changed & {job.name, *experiments.NEEDED[job.name]}]
+    needed = {name for figure in figures for name in experiments.NEEDED[figure.name]} - changed
+    for job in jobs:
+        if job.name in needed and not job.has_weights(RESULTS):
+            to_do[job] = 'to do'
+            print(f'  needed   {job.minutes:5g} min  {job.name}, whose weights are missing')
+    models = [job for job in jobs if job in to_do and job not in experiments.FIGURES]
+    print(f'{len(models + figures)} runs to make, about '
+          f'{sum(job.minutes for job in models + figures):g} minutes on two cores', flush=True)
     if args.plan:
         return
+    data_dir, cores = args.data_dir.resolve(), os.cpu_count() or 1
+    threads = max(1, cores // args.jobs)
     try:
-        for job in to_do:
-            train(job, args.data_dir)
+        with ThreadPoolExecutor(args.jobs) as pool:  # a failure cancels the runs that wait
+            list(pool.map(lambda job: make(job, to_do[job], data_dir, threads), models))
+        for job in figures:
+            make(job, 'to do', data_dir, cores)
     except KeyboardInterrupt:
         print('\nresults.py: interrupted; the same command goes on from here', file=sys.stderr)
         sys.exit(130)
-    for table in ABLATIONS:
-        if all(map(finished, ablation_jobs(table))):
+    for table in experiments.ABLATIONS:
+        if all((RESULTS / job.name / 'metrics.json').is_file()
+               for job in experiments.ablation_jobs(table)):
             gather(table)
 
 
