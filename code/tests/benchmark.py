@@ -1,24 +1,18 @@
 """How fast the scripts train: ratios within one run on one machine, never absolute promises.
 
 For the networks of the assignment's template, and for the default ones, a few dozen batches are
-trained in turn by the script's own loop, by the same loop in float32 with a plain Adam fed by
-torchvision's MNIST and a `DataLoader` with four workers, and by nothing: the bare matrix products
-and convolutions of the step, forward and backward, of the same shapes, strides and precision. The
-last is the floor, and floor / step the share of it that is reached.
+trained in turn by the script's own loop, and by the same loop in float32 with a plain Adam, fed by
+torchvision's MNIST and a `DataLoader` with four workers. Then the bare matrix products and
+convolutions of such a step are computed alone, forward and backward, with the same shapes, strides
+and precision. Their time is the floor, and floor / step the share of it that is reached.
 
     python code/tests/benchmark.py [--data_dir DIR] [--rounds 5] [vae gan nf]
-
-Before that each script is started as a user starts it, for the seconds to the end of the first
-epoch and the most memory. What share of a whole run is neither training nor test estimates is
-read from the runs in `report/results/`.
 """
 
 import argparse
-import json
+import copy
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -38,6 +32,7 @@ import a3_gan  # noqa: E402
 import a3_nf  # noqa: E402
 import a3_vae  # noqa: E402
 import runs  # noqa: E402
+from command_line import ROOT, whole_number  # noqa: E402
 from datasets.common import Loader  # noqa: E402
 from datasets.mnist import mnist  # noqa: E402
 
@@ -67,8 +62,8 @@ def train_gan(bf16: bool, fused: bool, template: bool) -> Train:
     arch = 'mlp' if template else 'conv'
     generator, discriminator = a3_gan.Generator(arch=arch), a3_gan.Discriminator(arch)
     optimizers = adam(generator, fused), adam(discriminator, fused)
-    options = {} if template else {'averaged': a3_gan.average(generator, 0.999), 'penalty': 0.5,
-                                   'max_shift': 1}
+    options = {} if template else {'averaged': copy.deepcopy(generator), 'decay': 0.999,
+                                   'penalty': 0.5, 'max_shift': 1}
 
     def train(batches: Iterable) -> None:
         a3_gan.train((images * 2 - 1 for images in batches), discriminator, generator, *optimizers,
@@ -171,52 +166,21 @@ def compare(name: str, template: bool, loader: Loader, rounds: int, bf16: bool) 
           f'{over}{", ".join(shares)}', flush=True)
 
 
-def start(name: str, data_dir: Path) -> None:
-    """Print how long the script takes from its start to the end of epoch 1, and its memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, '-u', str(CODE / f'a3_{name}.py'), '--epochs', '1',
-                   '--run', 'a', '--data_dir', str(data_dir), '--results_dir', folder]
-        begin, first = time.perf_counter(), None
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout:
-                if line.startswith('epoch 1/'):
-                    first = time.perf_counter() - begin
-        metrics = json.loads(Path(folder, 'a', 'metrics.json').read_text())
-    print(f'{name:4}first epoch ends {first:.1f} s after the start; '
-          f'at most {metrics["peak_memory_mb"]:.0f} MB')
-
-
-def share_of_the_rest(folder: Path) -> None:
-    """Print the share of a run that is neither training batches nor final test estimates."""
-    metrics = json.loads((folder / 'metrics.json').read_text())
-    with (folder / 'log.csv').open() as file:
-        head, *rows = [line.strip().split(',') for line in file]
-    trained = sum(float(row[head.index('train_seconds')]) for row in rows) / 60
-    whole = trained + metrics['test_minutes'] + metrics['other_minutes']
-    print(f'{folder.name:16}{metrics["other_minutes"] / whole:6.1%} of {whole:.1f} minutes is '
-          'neither training nor test estimates')
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('script', nargs='*', choices=[*CASES, []], help='all if none is named')
-    parser.add_argument('--data_dir', type=Path, default=runs.ROOT / 'data')
-    parser.add_argument('--rounds', type=runs.whole_number(1), default=5)
+    parser.add_argument('--data_dir', type=Path, default=ROOT / 'data')
+    parser.add_argument('--rounds', type=whole_number(1), default=5)
     args = parser.parse_args()
     names = args.script or list(CASES)
     warnings.filterwarnings('ignore', 'This DataLoader will create 4')  # as the template does
     loader, *_ = mnist(args.data_dir, 128, download=False)
     bf16 = runs.has_fast_bf16(torch.device('cpu'))
     print(runs.hardware(torch.device('cpu')))
-    for name in names:  # first, since a process starts with its parent's mark of the most memory
-        start(name, args.data_dir)
     for name in names:
         for template in (True, False):
             compare(name, template, loader, args.rounds, bf16)
-    for path in sorted((runs.ROOT / 'report' / 'results').glob('*/metrics.json')):
-        if 'other_minutes' in json.loads(path.read_text()):
-            share_of_the_rest(path.parent)
 
 
 if __name__ == '__main__':

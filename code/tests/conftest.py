@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,51 +13,32 @@ from typing import Any
 import pytest
 import torch
 
+import command_line
 import runs
 from datasets import digits
 from helpers import CODE, read_csv
 
-# The script as it is, on fewer of the shipped digits: the same path in a fifth of the time.
-FEWER_DIGITS = (600, 200, 100)
-ON_FEWER_DIGITS = f"""
-import runpy, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
-from datasets import digits
-digits.SIZES = {FEWER_DIGITS}
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
+FEWER_DIGITS = 600, 200, 100  # of the shipped ones: the same path in a fifth of the time
 
 torch.set_num_threads(1)
+computed_fingerprint = runs.fingerprint
+runs.fingerprint = lambda main, args: {}  # it takes seconds: a test that is about it asks for it
+
+
+@pytest.fixture
+def real_fingerprint(monkeypatch) -> None:
+    """`runs.fingerprint` as users have it, for the length of one test."""
+    monkeypatch.setattr(runs, 'fingerprint', computed_fingerprint)
 
 
 @pytest.fixture(scope='session')
-def start_script() -> Callable[..., subprocess.Popen]:
-    """Start `script` with the words of its command line, in a process of its own.
-
-    `fewer_digits` keeps a run short; without it the script starts as `python code/<script>`.
-    `environment` comes on top of this process's own; other options are those of Popen.
-    """
-    def start(script: str, *words: object, fewer_digits: bool = False,
-              environment: dict[str, str] | None = None, **options) -> subprocess.Popen:
-        python = [sys.executable, '-c', ON_FEWER_DIGITS] if fewer_digits else [sys.executable]
-        threads = {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(CODE), 'PYTHONIOENCODING': 'utf-8'}
-        return subprocess.Popen([*python, str(CODE / script), *map(str, words)],
-                                env={**os.environ, **threads, **(environment or {})}, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-    return start
-
-
-@pytest.fixture(scope='session')
-def run_script(start_script: Callable) -> Callable[..., subprocess.CompletedProcess]:
-    """`start_script`, and wait for the end."""
-    def run(*words: object, **options) -> subprocess.CompletedProcess:
-        with start_script(*words, **options) as process:
-            try:
-                stdout, stderr = process.communicate(timeout=180)
-            finally:
-                process.kill()  # a script that hangs would outlive its test
-        return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
+def run_script() -> Callable[..., subprocess.CompletedProcess]:
+    """Start `python code/<script>` with these words, wait for the end; options as in `Popen`."""
+    def run(script: str, *words: object, **options) -> subprocess.CompletedProcess:
+        done = subprocess.run([sys.executable, CODE / script, *map(str, words)], text=True,
+                              capture_output=True, timeout=180, **options)
+        return subprocess.CompletedProcess((script, *words), done.returncode, done.stdout,
+                                           done.stderr)
     return run
 
 
@@ -72,7 +52,7 @@ def run_here(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
         monkeypatch.setattr(sys, 'argv', [script, *map(str, words)])
         status = 0
         try:
-            runs.launch(module.main, module.parse_args())
+            command_line.launch(module.main, module.parse_args())
         except SystemExit as end:
             status = end.code
         return subprocess.CompletedProcess((script, *words), status, *capsys.readouterr())
@@ -91,30 +71,26 @@ def read_run() -> Callable[[Path], dict]:
 
     Tensors and figures as digests, so that a difference can be read.
     """
-    def is_decided(name: str) -> bool:
-        return not name.endswith(('seconds', 'minutes', 'memory_mb'))
-
     def plain(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return list(value.shape), hashlib.sha256(value.numpy().tobytes()).hexdigest()
         if isinstance(value, dict):
-            return {str(key): plain(item) for key, item in value.items() if is_decided(str(key))}
+            return {str(key): plain(item) for key, item in value.items()
+                    if not str(key).endswith(runs.TIMES)}
         return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
     def read_file(path: Path) -> Any:
         if path.suffix == '.pt':
             return plain(torch.load(path, weights_only=True))
-        if path.name == 'metrics.json':
+        if path.suffix == '.json':
             return plain(json.loads(path.read_text()))
         if path.name == 'log.csv':
             return plain(read_csv(path))
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
     def read(folder: Path) -> dict:
-        config = json.loads((folder / 'config.json').read_text())
-        config['arguments'] = {name: value for name, value in config['arguments'].items()
-                               if name not in ('results_dir', 'run', 'resume')}
-        others = {path.name: read_file(path) for path in folder.iterdir()
-                  if path.name != 'config.json'}
-        return others | {'config.json': config}
+        left = {path.name: read_file(path) for path in folder.iterdir()}
+        for name in ('results_dir', 'run', 'resume', 'overwrite'):
+            left['config.json']['arguments'].pop(name, None)
+        return left
     return read

@@ -1,592 +1,423 @@
-"""The command line, the run's folder and the figures: nothing half written, nothing mistaken."""
+"""A run: its folder, exact resumption, what may replace it, and whether the code is the same."""
 
 import argparse
-import json
 import math
 import os
-import pickle
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib.image
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-import figures
+import a3_vae
 import runs
+from command_line import ROOT, Parser, RunError, number, whole_number
+from datasets import digits
+from helpers import contents, stamps
 
+CPU = torch.device('cpu')
 SOURCE = {'dataset': 'mnist', 'description': 'nothing', 'sha256': {'a file': 'its digest'}}
 
 
-def build_parser() -> runs.Parser:
-    parser = runs.Parser('a script of these tests')
-    parser.add_argument('--epochs', type=runs.whole_number(1), default=4)
-    parser.add_argument('--n_layers', type=runs.whole_number(1), default=3)
-    parser.add_argument('--lr', type=runs.number(0), default=1e-3)
-    parser.add_argument('--share', type=runs.number(0, 1), default=0.1)
-    parser.add_argument('--told', type=runs.whole_number(1), default=20)
+def parse(*words: object) -> argparse.Namespace:
+    parser = Parser('a script of these tests')
+    parser.add_argument('--epochs', type=whole_number(1), default=4)
+    parser.add_argument('--lr', type=number(0), default=1e-3)
     parser.add_shared_arguments()
-    return parser
+    args = parser.parse_args([*map(str, words)])
+    args.name = parser.run_name('a_run', args)
+    return args
 
 
-def make_run(folder: Path, *words: str, script: str = __file__, source: dict = SOURCE,
-             part: nn.Module | None = None) -> runs.Run:
-    args = build_parser().parse_args(['--results_dir', str(folder), *words])
-    return runs.Run(script, args, 'a_run', source, torch.device('cpu'),
-                    {'model': part or nn.Linear(2, 2, bias=False)})
+def make_run(args: argparse.Namespace, dataset: str = 'mnist') -> runs.Run:
+    runs.start(args)
+    return runs.Run(main, args, SOURCE | {'dataset': dataset}, CPU,
+                    {'model': nn.Linear(2, 2, bias=False)})
 
 
-def train(run: runs.Run, until: int = 1000) -> None:
-    """A random walk of the weights, stopped after epoch `until`."""
+def main(args: argparse.Namespace, until: int = 1000) -> None:
+    """A random walk of the weights, cut off after epoch `until`."""
+    run = make_run(args)
     weight = run.parts['model'].weight
-    if run.begin(batches=1):
-        for epoch in run.epochs():
-            with torch.no_grad():
-                weight.copy_(torch.randn(2, 2) + (0 if epoch == 0 else weight))
-            run.end_epoch({'epoch': epoch, 'loss_nats': weight.sum().item(),
-                           'seconds': float(epoch)})
-            if epoch == until:
-                return
-        run.finish({'final_nats': weight.sum().item()})
+    if not run.begin(batches=3):
+        return
+    for epoch in run.epochs():
+        with torch.no_grad():
+            weight.copy_(args.lr * torch.randn(2, 2) + (0 if epoch == 0 else weight))
+        run.end_epoch({'epoch': epoch, 'loss_nats': weight.sum().item(), 'seconds': float(epoch)})
+        if epoch == until:
+            return
+    run.finish({'final_nats': weight.sum().item()})
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+@pytest.fixture
+def train(tmp_path) -> Callable[..., Path]:
+    """Start `main` in a results folder, with these words; returns the run's folder."""
+    def start(*words: object, results: Path = tmp_path, until: int = 1000) -> Path:
+        main(parse('--results_dir', results, '--run', 'a_run', *words), until)
+        return results / 'a_run'
+    return start
 
 
-# --- files ---------------------------------------------------------------------------------------
+@pytest.fixture
+def straight(train, tmp_path) -> Path:
+    """The folder of a run that nothing disturbed."""
+    return train(results=tmp_path / 'straight')
 
 
-@pytest.mark.parametrize('content, read', [('π\n', Path.read_text), (b'\0\xff', Path.read_bytes),
-                                           (memoryview(b'\0\xff'), Path.read_bytes)])
-def test_write_atomic_replaces_the_content(tmp_path, content, read):
-    path = tmp_path / 'file'
-    path.write_text('much longer, and older')
-    runs.write_atomic(path, content)
-    assert read(path) == content and os.listdir(tmp_path) == ['file']
+@contextmanager
+def refused(reason: str, status: int = 2) -> Iterator[None]:
+    try:
+        yield
+    except RunError as error:  # not pytest.raises, which keeps the run, which holds its folder
+        assert error.status == status and re.search(reason, str(error)) and '\n' not in str(error)
+    else:
+        pytest.fail(f'nothing was said that matches {reason}')
 
 
-@pytest.mark.parametrize('step', ['write_bytes', 'replace'])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
-    def disk_full(path, *_):
-        Path(path).write_text('half')
-        raise OSError(28, 'No space left on device')
-    (tmp_path / 'file').write_text('old')
-    monkeypatch.setattr(*((Path, step) if step == 'write_bytes' else (os, step)), disk_full)
-    with pytest.raises(OSError, match='No space left'):
-        runs.write_atomic(tmp_path / 'file', b'new')
-    assert contents(tmp_path) == {'file': b'old'}
+# --- hardware and randomness ---------------------------------------------------------------------
 
 
-def test_write_csv_has_a_header_empty_cells_and_six_digits(tmp_path):
-    runs.write_csv(tmp_path / 'a.csv', [{'epoch': 0, 'nats': None, 'seconds': 1 / 3},
-                                        {'epoch': 1, 'nats': 123456.789, 'seconds': 2e-9}])
-    assert (tmp_path / 'a.csv').read_text() == ('epoch,nats,seconds\n0,,0.333333\n'
-                                                '1,123457,2e-09\n')
+@pytest.mark.parametrize('words, fast, chosen, epochs', [
+    ((), True, 'bf16', 4), (('--dry_run',), False, 'fp32', 2),
+    (('--precision', 'fp32'), True, 'fp32', 4), (('--precision', 'bf16'), False, 'bf16', 4)])
+def test_float32_is_no_tf32_and_auto_is_what_the_device_is_fast_in(monkeypatch, words, fast,
+                                                                  chosen, epochs):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    monkeypatch.setattr(runs, 'has_fast_bf16', lambda device: fast)
+    args = parse('--device', 'cpu', *words)
+    assert runs.start(args) == (CPU, chosen == 'bf16')
+    assert args.precision == chosen and args.epochs == epochs
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
 
 
-SCRIPT = '''"""Docstring."""
+def test_hardware_that_is_fast_in_bfloat16_is_known(monkeypatch):
+    for kind, found, fast in (
+            ('cpu', {'cpu_name': 'Intel', 'avx512_bf16': True}, False), ('cuda', (7, 5), False),
+            ('cpu', {'cpu_name': 'Intel', 'amx_bf16': True}, True), ('cuda', (8, 0), True),
+            ('cpu', {'cpu_name': 'AMD', 'avx512_bf16': True}, True), ('cpu', {}, False)):
+        for module, name in ((torch.cpu, 'get_capabilities'),
+                             (torch.cuda, 'get_device_capability')):
+            monkeypatch.setattr(module, name, lambda *_, found=found: found, raising=False)
+        assert runs.has_fast_bf16(torch.device(kind)) == fast
 
 
-def double(x):  # of anything
-    """Twice x."""
-    return x * 2, 'a # in a string'
-'''
-
-
-@pytest.mark.parametrize('old, new, same', [
-    ('Docstring.', 'Another.\n\nLonger.', True), ('of anything', 'of numbers', True),
-    ('Twice', 'Two times', True), ('\n\n\n', '\n', True), ('x * 2', '2 * x', False),
-    ('a # in', 'b # in', False), ('# in a', '# in the', False)])
-def test_the_digest_of_a_script_is_of_its_code_and_not_of_its_prose(tmp_path, old, new, same):
-    (tmp_path / 'a.py').write_text(SCRIPT)
-    (tmp_path / 'b.py').write_text(SCRIPT.replace(old, new))
-    digests = [runs.script_digest(tmp_path / name) for name in ('a.py', 'b.py')]
-    assert (digests[0] == digests[1]) == same
-
-
-# --- the command line ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('words', [['--n_layers', '5'], ['--n-layers', '5'], ['--n-layers=5']])
-def test_dashes_stand_for_underscores_in_flags(words):
-    assert build_parser().parse_args(words).n_layers == 5
-
-
-def test_dashes_in_values_stay():
-    args = build_parser().parse_args(['--run=a-b', '--data-dir', 'c-d'])
-    assert args.run == 'a-b' and args.data_dir == Path('c-d')
-
-
-@pytest.mark.parametrize('word, suggestion', [
-    ('--epoch', '--epochs'), ('--n-layer=3', '--n_layers'), ('--dryrun', '--dry_run'),
-    ('--zzz', None), ('stray', None)])
-def test_an_unknown_word_is_one_line_with_a_suggestion(capsys, word, suggestion):
-    with pytest.raises(SystemExit, match='^2$'):
-        build_parser().parse_args([word])
-    message = capsys.readouterr().err
-    assert message.count('\n') == 1 and word.partition('=')[0].replace('-', '_')[2:] in message
-    assert ('did you mean' in message) == (suggestion is not None)
-    assert suggestion is None or f'did you mean {suggestion}?' in message
-
-
-BAD_VALUES = [(flag, value)
-              for flag, values in {
-                  '--seed': ['-1', '1.5', 'one', '', '1e3'], '--epochs': ['0', '-3', '2.', 'nan'],
-                  '--sample': ['0', '-1', 'x'], '--lr': ['-1', 'nan', 'inf', 'fast', ''],
-                  '--share': ['1.1', '-0.1', '2'], '--dataset': ['cifar', '']}.items()
-              for value in values]
-
-
-@pytest.mark.parametrize('flag, value', BAD_VALUES)
-def test_a_bad_value_is_one_line_that_names_flag_and_value(capsys, flag, value):
-    with pytest.raises(SystemExit, match='^2$'):
-        build_parser().parse_args([f'{flag}={value}'])
-    message = capsys.readouterr().err
-    assert message.count('\n') == 1 and flag in message and repr(value) in message
-
-
-@pytest.mark.parametrize('words, name', [
-    ([], 'vae'),
-    (['--lr', '0.01'], 'vae_lr0.01'),
-    (['--n_layers', '2', '--seed', '43'], 'vae_nlayers2_seed43'),
-    (['--lr', '0.001', '--seed', '42'], 'vae'),  # typed, but the defaults
-    (['--told', '7', '--device', 'cpu', '--data_dir', 'd', '--resume'], 'vae'),
-    (['--lr', '0.01', '--run', 'my run'], 'my run')])
-def test_the_folder_is_named_by_what_is_not_default(words, name):
-    args = build_parser().parse_args(words)
-    assert runs.run_name('vae', build_parser(), args, ('told',), SOURCE) == name
-
-
-@pytest.mark.parametrize('words, name', [([], 'vae_digits'),
-                                         (['--seed', '1'], 'vae_seed1_digits'),
-                                         (['--run', 'mine'], 'mine')])
-def test_a_run_on_the_shipped_digits_says_so(words, name):
-    args = build_parser().parse_args(words)
-    source = SOURCE | {'dataset': 'digits'}
-    assert runs.run_name('vae', build_parser(), args, ('told',), source) == name
-
-
-@pytest.mark.parametrize('name', ['', '.', '..', '../up', 'a/b', '/tmp', 'a/', '.hidden'])
-def test_run_cannot_leave_the_results_folder(tmp_path, name):
-    args = build_parser().parse_args(['--results_dir', str(tmp_path)])
-    with pytest.raises(runs.RunError, match='--run'):
-        runs.Run(__file__, args, name, SOURCE, torch.device('cpu'), {})
-
-
-def parser_of_what_trains_nothing() -> runs.Parser:
-    parser = runs.Parser('a script of these tests')
-    parser.add_shared_arguments(trains=False)
-    return parser
-
-
-def test_a_script_that_trains_nothing_has_the_shared_flags_but_those_of_a_run(capsys):
-    shared, of_runs = (set(vars(parser.parse_args([]))) for parser in
-                       (parser_of_what_trains_nothing(), build_parser()))
-    assert shared == {'seed', 'device', 'data_dir', 'results_dir', 'dataset', 'dry_run'}
-    assert of_runs >= shared | {'run', 'resume', 'sample'}
-    for words in (['--resume'], ['--run', 'a'], ['--sample', '3']):
-        with pytest.raises(SystemExit, match='^2$'):
-            parser_of_what_trains_nothing().parse_args(words)
-        message = capsys.readouterr().err
-        assert message.count('\n') == 1 and f'unknown flag {words[0]}' in message
-
-
-# --- seeds, devices, endings ---------------------------------------------------------------------
+def test_a_device_that_is_there_is_taken_and_any_other_is_one_line():
+    assert runs.pick_device('cpu') == CPU
+    assert torch.zeros(1, device=runs.pick_device('auto')).item() == 0
+    for name in ('nonsense', 'cuda:99', 'cpu:-1', '', 'hpu', 'meta'):
+        with refused(f'^--device {name}: .'):
+            runs.pick_device(name)
 
 
 def test_each_seed_and_stream_has_numbers_of_its_own():
     keys = [(1, 11), (11, 1), (1, 1), (11, 11), (111, 0), (0, 111), (1, 'weights'), (1, 'samples'),
-            (1, '25 samples'), (2, 'weights'), (0, 0), (0, ''), (0, '0 '), (2**32, 0), (2**40, 1)]
-    draws = set()
-    for seed, stream in keys:
+            (1, '25 samples'), (2, 'weights'), (0, 0), (0, '\x01'), (2**32, ''), (2**40, 1)]
+
+    def draw(seed: int, stream: int | str) -> tuple[float, ...]:
         runs.seed_all(seed, stream)
-        first = torch.randn(4)
-        runs.seed_all(seed, stream)
-        assert torch.equal(first, torch.randn(4))
-        draws.add(tuple(first.tolist()))
-    assert len(draws) == len(keys)
+        return tuple(torch.randn(4).tolist())
+    assert len({draw(*key) for key in keys}) == len(keys) and draw(*keys[0]) == draw(*keys[0])
+    assert len({torch.randn(1).item() for _ in make_run(parse()).epochs()}) == 5
 
 
-@pytest.mark.parametrize('name', ['nonsense', 'cuda:99', 'cpu:-1', '', 'hpu', 'meta'])
-def test_a_device_that_cannot_compute_is_one_line(name):
-    with pytest.raises(runs.RunError, match='^--device [^\n]*$') as caught:
-        runs.pick_device(name)
-    assert caught.value.status == 2
+# --- the folder ----------------------------------------------------------------------------------
 
 
-def test_a_device_that_is_there_is_taken():
-    assert runs.pick_device('cpu') == torch.device('cpu')
-    assert torch.zeros(1, device=runs.pick_device('auto')).item() == 0
+def test_a_folder_is_named_by_arguments_and_digits_or_as_asked_but_inside_the_results():
+    def folder(*words: object, dataset: str = 'digits') -> Path:
+        return make_run(parse('--results_dir', 'results', *words), dataset).folder
+    assert folder('--lr', 1) == Path('results', 'a_run_lr1.0_digits')
+    assert folder('--lr', 1, dataset='mnist') == Path('results', 'a_run_lr1.0')
+    assert folder('--lr', 1, '--run', 'mine') == Path('results', 'mine')
+    for name in ('', '..', 'a/b', '/tmp', 'a/', '.hidden'):
+        with refused('--run: expected the name of a folder'):
+            folder(f'--run={name}')
 
 
-@pytest.mark.parametrize('error, status, line', [
-    (runs.RunError('first,\nsecond'), 2, 'error: first, second\n'),
-    (runs.RunError('diverged', status=1), 1, 'error: diverged\n'),
-    (PermissionError(13, 'Permission denied', 'a/b'), 2, "Permission denied: 'a/b'\n"),
-    (KeyboardInterrupt(), 130, 'go on with: python script.py --lr 1 --resume\n')])
-def test_launch_tells_what_a_user_can_mend_in_one_line(capsys, monkeypatch, error, status, line):
-    def main(args: argparse.Namespace) -> None:
-        raise error
-    monkeypatch.setattr('sys.argv', ['script.py', '--resume', '--lr', '1'])
-    with pytest.raises(SystemExit, match=f'^{status}$'):
-        runs.launch(main, argparse.Namespace(dry_run=False, sample=None))
-    message = capsys.readouterr().err
-    assert message.endswith(line) and message.lstrip('\n').count('\n') == 1
-
-
-@pytest.mark.parametrize('error, status, line', [
-    (KeyboardInterrupt, 130, '\nscript.py: interrupted\n'),
-    (runs.Terminated, 143, '\nscript.py: terminated\n')])
-@pytest.mark.parametrize('parser, words', [
-    (parser_of_what_trains_nothing, []), (build_parser, ['--dry_run']),
-    (build_parser, ['--sample', '3'])])
-def test_what_cannot_be_resumed_ends_without_a_word_of_it(capsys, monkeypatch, parser, words,
-                                                          error, status, line):
-    def main(args: argparse.Namespace) -> None:
-        raise error
-    monkeypatch.setattr('sys.argv', ['script.py', '--seed', '1'])
-    with pytest.raises(SystemExit, match=f'^{status}$'):
-        runs.launch(main, parser().parse_args(words))
-    assert capsys.readouterr().err == line
-
-
-def test_launch_hides_no_fault_of_the_code(monkeypatch):
-    monkeypatch.setattr('sys.argv', ['script.py'])
-    with pytest.raises(ZeroDivisionError):
-        runs.launch(lambda args: 1 / 0, argparse.Namespace())
-
-
-# --- a run ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def straight(tmp_path) -> Path:
-    """The folder of a run that nothing disturbed."""
-    train(make_run(tmp_path / 'straight'))
-    return tmp_path / 'straight' / 'a_run'
-
-
-def test_a_run_leaves_config_log_checkpoint_and_metrics(straight):
-    assert set(contents(straight)) == {'config.json', 'log.csv', 'checkpoint.pt', 'metrics.json'}
-    config = json.loads((straight / 'config.json').read_text())
-    assert config['arguments']['seed'] == 42 and config['data'] == SOURCE
-    assert {'versions', 'device', 'hardware', 'script_sha256'} <= set(config)
-    metrics = json.loads((straight / 'metrics.json').read_text())
-    assert metrics['seed'] == 42 and metrics['epochs'] == 4 and metrics['peak_memory_mb'] > 1
+def test_a_run_leaves_config_log_checkpoint_and_metrics(train, capsys):
+    folder = train('--data_dir', ROOT / 'data', '--seed', 7)
+    assert set(contents(folder)) == {'config.json', 'log.csv', 'checkpoint.pt', 'metrics.json'}
+    config, metrics = (runs.read_json(folder / name) for name in ('config.json', 'metrics.json'))
+    assert config['script'] == 'test_runs' and config['arguments']['data_dir'] == 'data'
+    assert {'versions', 'device', 'hardware', 'fingerprint'} <= set(config)
+    assert (metrics['seed'], metrics['epochs'], metrics['data']) == (7, 4, 'nothing')
     assert metrics['train_minutes'] == pytest.approx((0 + 1 + 2 + 3 + 4) / 60, rel=1e-5)
-    log = (straight / 'log.csv').read_text().splitlines()
-    assert log[0] == 'epoch,loss_nats,seconds,train_seconds,total_seconds'
-    assert [line.split(',')[0] for line in log[1:]] == ['0', '1', '2', '3', '4']
+    assert 50 < metrics['peak_memory_mb'] < 1e6  # of this process
+    said, log = capsys.readouterr().out, (folder / 'log.csv').read_text().splitlines()
+    assert [line.split(',')[0] for line in log] == ['epoch', '0', '1', '2', '3', '4']
+    assert all(text in said for text in ('new run on cpu, nothing', 'epoch 0/4  loss_nats',
+                                         'final_nats', 'checkpoint.pt, config.json, log.csv'))
 
 
-@pytest.mark.parametrize('epoch', [0, 2, 4])
-def test_a_stopped_run_resumed_ends_as_one_never_stopped(tmp_path, straight, read_run, epoch):
-    train(make_run(tmp_path), until=epoch)
-    torch.manual_seed(99)  # another process has another state
-    train(make_run(tmp_path, '--resume'))
-    assert read_run(tmp_path / 'a_run') == read_run(straight)
-
-
-@pytest.mark.parametrize('file', ['checkpoint.pt', 'log.csv'])
-@pytest.mark.parametrize('epoch', [1, 4])
-def test_a_stop_between_the_files_of_an_epoch_is_mended(tmp_path, straight, monkeypatch, read_run,
-                                                        file, epoch):
-    write, written = runs.write_atomic, []
-
-    def stop(path, content):
-        written.append(Path(path).name)
-        if written.count(file) == epoch + 1 and written[-1] == file:
-            raise KeyboardInterrupt
-        write(path, content)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, 'write_atomic', stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(make_run(tmp_path))
-    train(make_run(tmp_path, '--resume'))
-    assert read_run(tmp_path / 'a_run') == read_run(straight)
-
-
-def test_resuming_nothing_is_a_new_run(tmp_path, straight, read_run):
-    train(make_run(tmp_path, '--resume'))
-    assert read_run(tmp_path / 'a_run') == read_run(straight)
-
-
-@pytest.mark.parametrize('lost', [None, 'checkpoint.pt'])  # results are committed without it
-def test_resuming_a_finished_run_says_so_and_changes_nothing(capsys, straight, lost):
-    if lost:
-        (straight / lost).unlink()
-    before = contents(straight)
-    capsys.readouterr()
-    train(make_run(straight.parent, '--resume'))
-    assert 'finished' in capsys.readouterr().out
-    assert contents(straight) == before
-
-
-def test_a_new_run_removes_what_an_earlier_one_left_and_nothing_else(straight):
-    for name in ('samples_epoch77.png', 'curve.pdf', 'notes.txt'):
+def test_a_new_run_removes_what_an_earlier_one_left_and_nothing_else(train, straight):
+    for name in ('samples_epoch77.png', 'curve.pdf', 'half.png.9.tmp', 'notes.txt'):
         (straight / name).write_text('left')
-    train(make_run(straight.parent), until=0)
+    train('--overwrite', results=straight.parent, until=0)
     assert set(contents(straight)) == {'config.json', 'log.csv', 'checkpoint.pt', 'notes.txt'}
 
 
-@pytest.mark.parametrize('lost', [None, 'config.json'])  # some results are committed without it
-def test_an_unfinished_run_has_no_metrics(straight, lost):
-    if lost:
-        (straight / lost).unlink()
-    train(make_run(straight.parent), until=1)
-    assert not (straight / 'metrics.json').exists()
-
-
-def test_a_dry_run_writes_elsewhere(tmp_path, monkeypatch):
-    monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
-    run = make_run(tmp_path / 'results', '--dry_run')
-    train(run)
-    assert run.path('metrics.json').is_file() and not (tmp_path / 'results').exists()
-
-
-@pytest.mark.parametrize('words, source, name', [
-    (['--lr', '0.5'], SOURCE, 'lr was 0.001, is now 0.5'),
-    (['--seed', '7'], SOURCE, 'seed was 42, is now 7'),
-    (['--epochs', '9'], SOURCE, 'epochs was 4, is now 9'),
-    ([], SOURCE | {'sha256': {'a file': 'of another'}}, 'a file was')])
-def test_resuming_with_a_difference_is_refused_and_named(tmp_path, words, source, name):
-    train(make_run(tmp_path), until=1)
-    before = contents(tmp_path / 'a_run')
-    with pytest.raises(runs.RunError, match=name) as caught:
-        train(make_run(tmp_path, '--resume', *words, source=source))
-    assert caught.value.status == 2 and contents(tmp_path / 'a_run') == before
-
-
-def test_where_files_are_is_no_difference(tmp_path):
-    train(make_run(tmp_path), until=1)
-    train(make_run(tmp_path, '--resume', '--data_dir', 'elsewhere', '--device', 'cpu'))
-    assert (tmp_path / 'a_run' / 'metrics.json').is_file()
-
-
-@pytest.mark.parametrize('value', [math.nan, math.inf])
-def test_a_run_that_diverges_ends_with_status_1_and_its_last_checkpoint(tmp_path, value):
-    run = make_run(tmp_path)
-    train(run, until=1)
-    before = contents(tmp_path / 'a_run')
-    with pytest.raises(runs.RunError, match='loss_nats is .* after epoch 2') as caught:
-        run.end_epoch({'epoch': 2, 'loss_nats': value, 'seconds': 1.})
-    assert caught.value.status == 1 and contents(tmp_path / 'a_run') == before
-
-
-# --- checkpoints that do not fit -----------------------------------------------------------------
-
-
-class Payload:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def assert_refused(run: runs.Run, reason: str) -> None:
-    with pytest.raises(runs.RunError, match=reason) as caught:
-        run.load()
-    message = str(caught.value)
-    assert str(run.path('checkpoint.pt')) in message and '\n' not in message
-
-
-def test_a_run_without_a_checkpoint_cannot_be_loaded(tmp_path):
-    assert_refused(make_run(tmp_path), 'train this run first')
-
-
-@pytest.mark.parametrize('share', [0., 0.01, 0.5, 0.99])
-def test_a_truncated_checkpoint_is_refused(straight, share):
-    path = straight / 'checkpoint.pt'
-    path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
-    assert_refused(make_run(straight.parent), 'damaged')
-
-
-@pytest.mark.parametrize('key, value, reason', [
-    ('format', 999, 'format 999'), ('script', 'a3_other', 'a3_other.py'),
-    ('parts', {}, 'damaged'), ('rows', None, 'damaged')])
-def test_a_checkpoint_of_another_kind_is_refused(straight, key, value, reason):
-    saved = torch.load(straight / 'checkpoint.pt', weights_only=True)
-    saved = saved | {key: value} if value is not None else saved.keys() - {key}
-    torch.save(saved, straight / 'checkpoint.pt')
-    assert_refused(make_run(straight.parent), reason)
-
-
-@pytest.mark.parametrize('part', [nn.Linear(2, 3, bias=False), nn.Linear(2, 2), nn.LayerNorm(2)])
-def test_a_checkpoint_of_another_model_is_refused(straight, part):
-    assert_refused(make_run(straight.parent, part=part), 'another model')
-
-
-@pytest.mark.parametrize('dump', [pickle.dumps, None], ids=['pickle', 'torch.save'])
-def test_a_checkpoint_is_never_run_as_code(tmp_path, straight, dump):
-    path, payload = straight / 'checkpoint.pt', {'format': Payload(tmp_path / 'it_ran')}
-    if dump:
-        path.write_bytes(dump(payload, protocol=2))
-    else:
-        torch.save(payload, path)
-    assert_refused(make_run(straight.parent), 'damaged')
-    assert not (tmp_path / 'it_ran').exists()
-
-
-# --- the network of a finished run ---------------------------------------------------------------
-
-COMMAND = 'test_runs.py --n_layers 2'
-
-
-def make_network(args: argparse.Namespace) -> nn.Module:
-    return nn.Linear(2, args.n_layers, bias=False)
-
-
-def assert_not_loaded(folder: Path, reason: str, command: str = COMMAND, part: str = 'model',
-                      make: Callable = make_network) -> None:
-    with pytest.raises(runs.RunError, match=reason) as caught:
-        runs.load_trained(folder, command, part, make)
-    message = str(caught.value)
-    assert str(folder) in message and '\n' not in message and caught.value.status == 2
-
-
-@pytest.fixture
-def trained(tmp_path) -> Path:
-    """The folder of a finished run with an argument that is not at its default."""
-    run = make_run(tmp_path, '--n_layers', '2')
-    run.parts['optimizer'] = torch.optim.SGD(run.parts['model'].parameters(), lr=1.)
-    train(run)
-    return tmp_path / 'a_run'
-
-
-def test_a_trained_network_is_that_of_the_checkpoint_in_evaluation_mode(trained):
-    before = contents(trained)
-    network = runs.load_trained(trained, COMMAND, 'model', make_network)
-    parts = torch.load(trained / 'checkpoint.pt', weights_only=True)['parts']
-    assert torch.equal(network.weight, parts['model']['weight']) and 'optimizer' in parts
-    assert not network.training and contents(trained) == before
-
-
-@pytest.mark.parametrize('missing', ['metrics.json', 'checkpoint.pt', 'the folder'])
-def test_a_run_that_is_missing_or_unfinished_is_named_with_the_command_that_makes_it(
-        trained, missing):
-    if missing == 'the folder':
-        trained = trained / missing
-    else:
-        (trained / missing).unlink()
-    assert_not_loaded(trained, r'make it with: python code/test_runs\.py --n_layers 2$')
-
-
-def test_the_network_of_another_script_is_refused(trained):
-    assert_not_loaded(trained, r'is of test_runs\.py, not of a3_vae\.py', 'a3_vae.py --zdim 2')
-
-
-@pytest.mark.parametrize('share', [0., 0.5, 0.99])
-def test_the_network_of_a_truncated_checkpoint_is_refused(trained, share):
-    path = trained / 'checkpoint.pt'
-    path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
-    assert_not_loaded(trained, 'checkpoint.pt is damaged')
-
-
-@pytest.mark.parametrize('part, make', [
-    ('model', lambda args: nn.Linear(2, args.n_layers + 1, bias=False)),
-    ('model', lambda args: nn.Linear(2, args.n_layers)), ('averaged', make_network)])
-def test_a_network_of_another_shape_or_name_is_refused(trained, part, make):
-    assert_not_loaded(trained, 'checkpoint.pt is damaged or of another model', part=part,
-                      make=make)
-
-
-@pytest.mark.parametrize('config', [None, '', '[]', '{"arguments": {}}', '{"arguments": [3]}',
-                                    '{"arguments": {"n_layers": null}}', '{"other": 3}', b'\xff'])
-def test_a_config_without_what_the_network_is_made_of_is_refused(trained, config):
-    path = trained / 'config.json'
-    if config is None:
-        path.unlink()
-    else:
-        path.write_bytes(config if isinstance(config, bytes) else config.encode())
-    assert_not_loaded(trained, r'config\.json is not the config of test_runs\.py')
-
-
-# --- figures -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('N, columns, scale, gap', [(6, 3, 1, 0), (5, 3, 3, 1), (1, 1, 2, 1),
-                                                    (2, 5, 1, 0), (3, 2, 1, 2)])
-def test_a_grid_is_pixel_exact(tmp_path, N, columns, scale, gap):
-    H, W = 16, 20
-    grey = np.random.default_rng(0).integers(0, 256, (N, H, W))
-    grey[0].flat[:256] = range(256)
-    figures.save_grid(tmp_path / 'grid.png', (grey / 255).astype(np.float32), columns, scale, gap)
-    read = (matplotlib.image.imread(tmp_path / 'grid.png') * 255).round().astype(int)
-    if read.ndim == 3:  # red, green, blue, and perhaps opacity
-        assert (read[..., :3] == read[..., :1]).all()
-        read = read[..., 0]
-    rows = math.ceil(N / columns)
-    assert read.shape == ((rows * (H + gap) - gap) * scale, (columns * (W + gap) - gap) * scale)
-    between = np.ones(read.shape, dtype=bool)
-    for i, image in enumerate(grey):
-        top, left = i // columns * (H + gap) * scale, i % columns * (W + gap) * scale
-        here = np.s_[top:top + H * scale, left:left + W * scale]
-        assert (read[here] == image.repeat(scale, 0).repeat(scale, 1)).all()
-        between[here] = False
-    assert len(np.unique(read[between])) <= 1
-
-
-def save_example(path: Path) -> None:
-    figures.save_curves(path, [0, 1, 2], [
-        {'ylabel': 'bound, nats', 'references': {'784 · log ½': 2.5},
-         'curves': {'training': [1., 1 / 3, 2.], 'validation': [3., 2., 1.]}},
-        {'ylabel': 'the same', 'curves': {'training': [1., 1 / 3, 2.]}, 'start': 1}])
-
-
-def test_curves_are_vector_pdf_of_the_width_of_the_text_with_embedded_outlines(tmp_path):
-    save_example(tmp_path / 'a.pdf')
-    content = (tmp_path / 'a.pdf').read_bytes()
-    assert content.startswith(b'%PDF') and b'/FontFile2' in content and b'/Type3' not in content
-    assert b'/Subtype /Image' not in content
-    assert b'/MediaBox [ 0 0 396 ' in content  # 5.5 in of 72 points
-
-
-def test_curves_stand_beside_the_numbers_that_they_show(tmp_path):
-    save_example(tmp_path / 'a.pdf')
-    assert (tmp_path / 'a.csv').read_text() == ('epoch,training,validation\n0,1,3\n'
-                                                '1,0.333333,2\n2,2,1\n')
-
-
-@pytest.mark.parametrize('save', [
-    lambda path: save_example(path.with_suffix('.pdf')),
-    lambda path: figures.save_grid(path.with_suffix('.png'), np.eye(6).reshape(1, 6, 6), 1)],
-    ids=['curves', 'grid'])
-def test_a_figure_is_the_same_bytes_each_time_and_carries_no_date(tmp_path, monkeypatch,
-                                                                  save: Callable):
-    save(tmp_path / 'a')
-    first = contents(tmp_path)
-    monkeypatch.setenv('SOURCE_DATE_EPOCH', '1000000000')  # matplotlib's clock, years earlier
-    save(tmp_path / 'a')
-    assert contents(tmp_path) == first
-    assert not any(b'CreationDate' in content for content in first.values())
-
-
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
+@pytest.mark.parametrize('config', ['{"name": "a project of the user"}', '[]', 'no JSON',
+                                    '{"script": "a3_other"}'])
+@pytest.mark.parametrize('words', [(), ('--overwrite',)])
+def test_a_folder_of_something_else_is_left_alone(train, tmp_path, config, words):
     folder = tmp_path / 'a_run'
     folder.mkdir()
-    (folder / 'config.json').write_text('{"name": "a project of the user"}')
-    (folder / 'holiday.png').write_bytes(b'a picture')
+    for name in ('config.json', 'holiday.png', 'draft.tmp'):
+        (folder / name).write_text(config)
+    before = stamps(folder)
+    with refused('holds files of (something else|a3_other): choose another --run'):
+        train(*words)
+    assert stamps(folder) == before
+
+
+def test_a_folder_in_use_is_refused_to_other_runs_but_may_be_read(train, tmp_path):
+    args = parse('--results_dir', tmp_path, '--run', 'a_run', '--resume')
+    before, holder = stamps(train()), make_run(args)
+    holder.begin(batches=3)
+    for words in (('--resume',), ('--overwrite',), ()):
+        with refused('a_run is in use by another process'):
+            train(*words)
+    make_run(args).load()
+    assert stamps(tmp_path / 'a_run') == before
+    del holder
+    train('--resume')
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+def test_a_run_that_diverges_ends_with_status_1_and_keeps_its_checkpoint(train, tmp_path, value):
+    folder = train(until=1)
+    run = make_run(parse('--results_dir', tmp_path, '--run', 'a_run', '--resume'))
+    run.begin(batches=3)
     before = contents(folder)
-    with pytest.raises(runs.RunError, match='something else'):
-        train(make_run(tmp_path))
+    with refused(f'loss_nats is {value} after epoch 2; .* is of epoch 1$', status=1):
+        run.end_epoch({'epoch': 2, 'loss_nats': value, 'seconds': 1.})
+    with refused(f'final_nats is {value} at the end', status=1):
+        run.finish({'final_nats': value})
     assert contents(folder) == before
 
 
-def test_resuming_where_nothing_is_starts_anew_and_says_so(tmp_path, capsys):
-    train(make_run(tmp_path, '--resume'))
-    assert 'no checkpoint to resume from' in capsys.readouterr().out
-    assert 'metrics.json' in contents(tmp_path / 'a_run')
+def test_numbers_that_are_finite_have_six_digits():
+    row = {'a': 1 / 3, 'b': 12345678, 'c': None, 'd': 'text', 'e': 12345678.}
+    assert runs.finite(row, '') == row | {'a': 0.333333, 'e': 12345700.}
 
 
-@pytest.mark.parametrize('other', ['--dry_run', '--resume'])
-def test_sampling_goes_alone(capsys, other):
-    with pytest.raises(SystemExit, match='^2$'):
-        build_parser().parse_args(['--sample', '3', other])
-    assert capsys.readouterr().err.count('\n') == 1
+# --- stopped, resumed, replaced ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('epoch', [0, 2, 4])
+def test_a_stopped_run_resumed_ends_as_one_never_stopped(train, straight, read_run, epoch):
+    train(until=epoch)
+    torch.manual_seed(99)  # another process has another state
+    assert read_run(train('--resume')) == read_run(straight)
+
+
+LR = 'lr was 0.001, is now 0.5'
+
+
+@pytest.mark.parametrize('state, words, outcome', [
+    ('finished', '', 'finished already'), ('finished', '--resume', 'finished already'),
+    ('finished', '--overwrite', 'new run'), ('finished', '--lr 0.5 --overwrite', 'new run'),
+    ('finished', '--lr 0.5', RunError(f'{LR}; --overwrite .* --resume ')),
+    ('finished', '--lr 0.5 --resume', RunError(LR)),
+    ('cut off', '', RunError('cut off: --resume .*--overwrite ')),
+    ('cut off', '--resume', 'going on after epoch 1'), ('cut off', '--overwrite', 'new run'),
+    ('cut off', '--lr 0.5', RunError(f'{LR}; --overwrite .* --resume ')),
+    ('cut off', '--epochs 9 --resume', RunError('epochs was 4, is now 9')),
+    ('finished without weights', '', 'new run'),
+    ('finished without weights', '--lr 0.5', 'new run'),
+    ('finished without weights', '--resume', 'finished already'),
+    ('finished without weights', '--lr 0.5 --resume', RunError(LR)),
+    ('cut off without weights', '', 'new run'),
+    ('cut off without weights', '--resume', 'no checkpoint to resume from'),
+    ('nothing', '--resume', 'no checkpoint to resume from')])
+def test_nothing_that_was_trained_is_replaced_unasked(train, tmp_path, capsys, read_run, state,
+                                                      words, outcome):
+    folder = tmp_path / 'a_run'
+    if state != 'nothing':
+        train(until=1 if state.startswith('cut off') else 1000)
+    if state.endswith('without weights'):
+        (folder / 'checkpoint.pt').unlink()
+    before = stamps(folder) if folder.is_dir() else {}
+    capsys.readouterr()
+    if isinstance(outcome, RunError):
+        with refused(str(outcome)):
+            train(*words.split())
+    else:
+        train(*words.split())
+        assert outcome in capsys.readouterr().out
+    if isinstance(outcome, RunError) or outcome == 'finished already':
+        assert stamps(folder) == before
+    else:
+        anew = [word for word in words.split() if word not in ('--resume', '--overwrite')]
+        assert read_run(folder) == read_run(train(*anew, results=tmp_path / 'elsewhere'))
+
+
+def test_weights_without_a_config_are_never_resumed(train, straight):
+    (straight / 'config.json').unlink()
+    for words in ((), ('--resume',)):
+        with refused('config.json is not the config of a run'):
+            train(*words, results=straight.parent)
+    run = make_run(parse('--results_dir', straight.parent, '--run', 'a_run', '--overwrite'))
+    run.begin(batches=3)  # and is killed before its first epoch
+    assert 'checkpoint.pt' not in contents(straight)
+
+
+# --- whether two runs are the same ---------------------------------------------------------------
+
+
+def config_of(torch: str = '2.0', device: str = 'cpu', digest: str = 'x', nats: float = 100.,
+              zero: float = 0., more: dict | None = None, **arguments) -> dict:
+    numbers = {'nats': nats, 'zero': zero} | (more or {})
+    return {'arguments': {'lr': 0.1, 'run': 'a'} | arguments, 'device': device,
+            'data': {'sha256': {'a file': digest}},
+            'fingerprint': {'torch': torch, 'numbers': numbers}}
+
+
+@pytest.mark.parametrize('before, now, found', [
+    ({}, {'run': 'b', 'resume': True}, ''), ({}, {'lr': 0.2}, 'lr was 0.1, is now 0.2'),
+    ({}, {'lr': None}, ''), ({}, {'lr': 'auto'}, ''), ({}, {'new': 3}, 'new was None, is now 3'),
+    ({}, {'device': 'cuda'}, 'device was cpu, is now cuda'), ({}, {'device': None}, ''),
+    ({}, {'digest': 'y'}, 'a file was x, is now y'), ({}, {'nats': 100.009}, ''),
+    ({}, {'nats': 100.011}, 'the code has changed: in a dry run nats was 100.0, is now 100.011'),
+    ({}, {'nats': 99.9}, 'code has changed'), ({}, {'nats': 99.9, 'torch': '2.1'}, ''),
+    ({}, {'zero': 5e-7}, ''), ({}, {'zero': 2e-6}, 'code has changed'),
+    ({}, {'more': {'new': 1.}}, 'in a dry run new was None, is now 1.0'),
+    ({'more': {'old': 1.}}, {}, 'in a dry run old was 1.0, is now None')])
+def test_what_two_runs_differ_in(before, now, found):
+    said = runs.difference(config_of(**before), config_of(**now))
+    assert found in said and bool(found) == bool(said)
+
+
+def test_what_a_config_lacks_is_a_difference_only_if_it_is_the_older_one():
+    config = config_of()
+    assert runs.difference(config, {'arguments': config['arguments']}) == ''
+    assert runs.difference(config, config | {'fingerprint': {}}) == ''
+    assert all('another kind' in runs.difference(other, config)
+               for other in (config | {'fingerprint': {}}, {}, [], None))
+
+
+def test_a_finished_run_of_code_that_did_something_else_is_not_mistaken(train, monkeypatch):
+    calls = []
+    monkeypatch.setattr(runs, 'fingerprint', lambda main, args: calls.append(main) or {
+        'torch': torch.__version__, 'numbers': {'nats': float(len(calls))}})
+    before = stamps(train())
+    with refused(r'nats was 1\.0, is now 2\.0; --overwrite .* --resume '):
+        train()
+    with refused(r'the code has changed: in a dry run nats was 1\.0, is now 3\.0;'):
+        train('--resume')
+    assert stamps(train('--dry_run', '--run', 'dry').with_name('a_run')) == before
+    train('--overwrite')
+    assert calls == [main] * 4  # none of the dry run
+
+
+def test_a_fingerprint_is_what_the_code_does_and_leaves_nothing(tmp_path, monkeypatch, capsys,
+                                                                real_fingerprint):
+    monkeypatch.setattr(digits, 'SIZES', (600, 200, 100))
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+
+    def numbers(threads: int, *words: str) -> dict[str, float]:
+        args = a3_vae.parse_args(['--hidden_dim=16', '--n_layers=1', '--batch_size=50', '--resume',
+                                  f'--results_dir={tmp_path / "results"}', '--dataset=mnist',
+                                  f'--data_dir={tmp_path}', *words])
+        before, inside = dict(vars(args)), []
+        torch.set_num_threads(threads)
+        made = runs.fingerprint(lambda args: (inside.append(torch.get_num_threads()),
+                                              a3_vae.main(args)), args)
+        assert torch.get_num_threads() == threads and inside == [1] and vars(args) == before
+        assert made['torch'] == torch.__version__ and capsys.readouterr() == ('', '')
+        assert not list(tmp_path.glob('a3_*')) and not (tmp_path / 'results').exists()
+        return made['numbers']
+    first = numbers(1)
+    torch.manual_seed(99)
+    assert numbers(2, '--run=mine', '--precision=bf16') == first
+    assert {'epoch0_val_neg_elbo_nats', 'epoch2_train_neg_elbo_nats', 'test_nll_nats',
+            'samples_epoch01_means', 'parameters'} <= set(first)
+    assert not [name for name in first if re.search('seconds|minutes|memory', name)]
+    other = numbers(1, '--lr=0.0016')
+    assert runs.difference(config_of(more=first), config_of(more=other))
+
+
+def test_a_fingerprint_changes_no_run_and_is_not_that_of_the_classifier(
+        train, straight, read_run, real_fingerprint):
+    def with_classifier(args: argparse.Namespace) -> None:
+        folder = args.results_dir / 'classifier_digits'
+        main(args)
+        folder.mkdir()
+        (folder / 'metrics.json').write_text('{"epochs": 1}')
+    made = runs.fingerprint(with_classifier, parse('--seed', 7, '--epochs', 9, '--sample', 3))
+    assert made['numbers']['epochs'] == 2 and 'epoch2_loss_nats' in made['numbers']
+    left, right = read_run(train()), read_run(straight)
+    assert left.pop('config.json')['fingerprint']['numbers'] and right.pop('config.json')
+    assert left == right
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def make(args: argparse.Namespace) -> nn.Module:
+    return nn.Linear(2, 2, bias=args.lr > 0.1)
+
+
+class Payload:
+    """When it is unpickled, it makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ('it_ran',)
+
+
+def changed(**changes) -> Callable[[Path], None]:
+    return lambda path: torch.save(torch.load(path, weights_only=True) | changes, path)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    weights = torch.load(path, weights_only=True)['parts']['model']['weight'].numpy().tobytes()
+    content[content.index(weights) + 1] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize('breakage, reason', [
+    (Path.unlink, 'train this run first'), (lambda path: path.write_bytes(b''), 'damaged'),
+    (lambda path: path.write_bytes(path.read_bytes()[:-99]), 'damaged'),
+    (flip_a_bit, 'damaged.*checksums'), (lambda path: torch.save([], path), 'damaged'),
+    (changed(format=1), 'has format 1, this code reads format 2'), (changed(parts={}), 'damaged'),
+    (changed(script='a3_other'), 'belongs to a3_other.py, not to test_runs.py'),
+    (changed(parts={'model': nn.Linear(2, 3, bias=False).state_dict()}), 'another model'),
+    (changed(parts={'model': nn.Linear(2, 2).state_dict()}), 'another model'),
+    (changed(rows=Payload()), 'more than tensors and numbers')])
+def test_a_checkpoint_that_does_not_fit_is_one_line_and_never_run_as_code(
+        straight, tmp_path, monkeypatch, breakage, reason):
+    monkeypatch.chdir(tmp_path)
+    breakage(straight / 'checkpoint.pt')
+    with refused(f"{straight / 'checkpoint.pt'} .*{reason}"):
+        make_run(parse('--results_dir', straight.parent, '--run', 'a_run')).load('lr')
+    assert not Path('it_ran').exists()
+
+
+def test_weights_of_other_arguments_are_not_loaded(straight):
+    run = make_run(parse('--results_dir', straight.parent, '--run', 'a_run', '--lr', 1))
+    run.load('epochs')
+    with refused(r'is another run: lr was 0\.001, is now 1\.0'):
+        run.load('epochs', 'lr')
+
+
+def test_a_trained_network_is_that_of_the_checkpoint_in_evaluation_mode(straight):
+    network = runs.load_trained(straight, 'test_runs', 'model', make)
+    saved = torch.load(straight / 'checkpoint.pt', weights_only=True)['parts']['model']['weight']
+    assert torch.equal(network.weight, saved) and not network.training
+
+
+@pytest.mark.parametrize('config, script, part, reason', [
+    ('', 'test_runs', 'model', 'config.json is not the config of test_runs.py'),
+    ('{"arguments": {}}', 'test_runs', 'model', 'config.json is not the config'),
+    ('{"arguments": {"lr": 1}}', 'test_runs', 'model', 'checkpoint.pt is damaged or of another'),
+    ('{"arguments": {"lr": 0}}', 'a3_vae', 'model', 'checkpoint.pt belongs to test_runs.py, not'),
+    ('{"arguments": {"lr": 0}}', 'test_runs', 'averaged', 'checkpoint.pt is damaged')])
+def test_a_network_that_is_not_there_is_one_line(straight, config, script, part, reason):
+    (straight / 'config.json').write_text(config)
+    with refused(f'{straight}/{reason}'):
+        runs.load_trained(straight, script, part, make)
