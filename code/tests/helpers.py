@@ -1,17 +1,13 @@
 """What the tests of several scripts call: what is in a folder, and what was said."""
 
-import csv
 import re
 import subprocess
 from pathlib import Path
 
+from files import read_csv  # noqa: F401 - for the tests that read a run's folder
+
 CODE = Path(__file__).resolve().parents[1]
 TIMES = ['seconds']  # the last columns of every log
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

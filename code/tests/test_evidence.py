@@ -150,6 +150,7 @@ def test_monte_carlo_extrapolates_only_where_the_samples_do_not_suffice(few, mon
             gap = pytest.approx(row['reference_nats'] - estimate.mean(), abs=1e-3)
             assert row[f'{name}_gap_nats'] == gap == line.get_ydata()[-1]
             assert line.get_label() == name
+        assert {1, 2} <= set(axes.collections[0].get_paths()[0].vertices[:, 0])  # samples
         kl = expected_kl(few['models'][f'vae_z{zdim}'], few['test_bits'][::6]).sum(1).numpy()
         assert [row[f'exp_kl{end}_log10'] for end in ('', '_low', '_high')] == pytest.approx(
             np.array([kl.mean(), *np.quantile(kl, [0.1, 0.9])]) / math.log(10), 1e-4)
@@ -203,11 +204,13 @@ def test_codes_shows_the_mean_codes_and_how_well_training_codes_predict_classes(
 
 
 def test_decodings_measures_the_codes_and_decodes_the_same_noise_for_all_kinds(few, monkeypatch):
+    judged = []
     monkeypatch.setattr(measures, 'load_classifier', lambda *_: None)
     monkeypatch.setattr(measures, 'Judge', lambda *_: SimpleNamespace(
-        glance=lambda images: {'frechet': float(len(images))}))
+        glance=lambda images: judged.append(images) or {'frechet': float(len(images))}))
     metrics, figure = drawn('decodings', **few | {'n_decoded': 4000})
     [grid] = figure.axes[0].images
+    assert torch.equal(judged[-1], few['val'].images / 255)
     assert metrics['frechet_floor'] == 300 and metrics['vae_z2_frechet_fitted'] == 4000
     for run, zdim in zip(AUTOENCODERS, (2, 2, 2, 20, 20, 20), strict=True):
         model = few['models'][run]
@@ -306,6 +309,7 @@ def test_the_density_of_integers_runs_away_and_that_of_dequantised_ones_does_not
     metrics, figure = drawn('dequantisation', folder=tmp_path)
     shown = figure.axes[2].images[0].get_array()[300, 100]  # of x₁ = 0.75 and x₂ = 3.25
     assert shown == pytest.approx(float(mixture(torch.tensor([[.75, 3.25]]), calls[-1][1]).exp()))
+    assert list(figure.axes[2].images[0].get_extent()) == [-0.5, 4.5, -0.5, 4.5]
     rows = columns(tmp_path / 'dequantisation.csv')
     mass = np.array([1, 2, 1, 4, 1, 1, 4, 1, 2, 1]) / 18
     entropy = -float(mass @ np.log(mass))

@@ -136,11 +136,15 @@ def test_the_classifier_learns_the_digits_in_a_few_updates(classifier, digits):
 
 
 def test_the_classifier_sees_the_images_in_another_order_each_epoch(digits, monkeypatch):
-    orders, permute = [], torch.randperm
+    orders, permute, seen, forward = [], torch.randperm, [], DigitClassifier.forward
+    monkeypatch.setattr(DigitClassifier, 'forward',
+                        lambda self, images: seen.append(images) or forward(self, images))
     monkeypatch.setattr(torch, 'randperm', lambda n, **options: orders.append(
         permute(n, **options)) or orders[-1])
     model = train_classifier(digits[0].head(20), epochs=2)
     assert len(orders) == 2 and not torch.equal(*orders)
+    torch.testing.assert_close(seen[0].sum((1, 2)),
+                               (digits[0].images[orders[0]] / 255).sum(1))  # each only moved
     assert all(layer.bias is None for layer in model.modules() if isinstance(layer, nn.Conv2d))
 
 

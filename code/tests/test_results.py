@@ -186,12 +186,6 @@ def test_a_failure_ends_everything_with_its_status(started, monkeypatch):
     assert len(started) < 7
 
 
-def test_a_typo_is_one_line():
-    done = subprocess.run([sys.executable, ROOT / 'report' / 'results.py', 'no_such_run'],
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and 'no such run: no_such_run' in done.stderr
-
-
 def test_a_table_of_ablations_has_the_last_figures_of_its_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(results, 'RESULTS', tmp_path)
     for n, job in enumerate(experiments.ablation_jobs('nf')):
