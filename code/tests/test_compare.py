@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import json
-import math
 import shutil
 import statistics
 import time
@@ -127,16 +126,6 @@ def test_the_flow_decodes_exactly():
     with torch.no_grad():
         errors = a3_compare.flow_errors(model, torch.randint(0, 256, (300, 784)).float(), None)
     assert errors.shape == (300, 784) and 0 < errors.abs().max() < 1e-9
-
-
-def test_runs_are_summarised_by_mean_and_sample_standard_deviation():
-    rows = [{'run': name, 'frechet': value, 'test_bpd': None, 'train_minutes': minutes,
-             'parameters': 10} for name, value, minutes in (('a', 1., 5.), ('b', 2., 7.),
-                                                            ('c', 6., 9.))]
-    assert a3_compare.summarise(rows) == {'frechet': 3., 'frechet_spread': math.sqrt(7),
-                                          'train_minutes': 5., 'parameters': 10}
-    assert a3_compare.summarise(rows[1:2]) == {'frechet': 2., 'train_minutes': 7.,
-                                               'parameters': 10}
 
 
 # --- the whole path ------------------------------------------------------------------------------
