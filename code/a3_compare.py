@@ -16,6 +16,7 @@ run (`measures.csv`) and each model (`metrics.json`).
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import shlex
@@ -97,8 +98,9 @@ def vae_errors(model: a3_vae.VAE, grey: Tensor, bits: Tensor) -> Tensor:
 
 
 def flow_errors(model: a3_nf.Model, grey: Tensor, bits: Tensor) -> Tensor:
-    """The errors of the inverse, which are rounding; the maps but not the networks in float64."""
+    """The errors of the inverse, which are rounding, in float64."""
     precise = torch.float32 if grey.device.type == 'mps' else torch.float64  # mps has no other
+    model = copy.deepcopy(model).to(precise)
     batches = model.dequantize(grey.to(precise)).split(a3_nf.EVAL_BATCH)
     return torch.cat([model.decode(model.encode(x)[0]) - x for x in batches]) / 256
 
@@ -276,7 +278,7 @@ def main(args: argparse.Namespace) -> None:
     print(f'{folder}: {"dry run" if args.dry_run else "comparison"} on {device}, '
           f'{train.source["description"]}')
 
-    classifier = measures.load_classifier(args.results_dir / f'classifier{suffix}', train, val)
+    classifier = measures.load_classifier(args.results_dir, train, val)
     sha256 = measures.fingerprint(classifier)
     metrics, rows, digests = kept(folder, sha256) if args.only else ({}, {}, {})
     real_train, real_val, real_test = (loader.images / 255 for loader in (train, val, test))

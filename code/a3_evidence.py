@@ -18,13 +18,16 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import a3_ae
 import a3_gan
+import a3_nf
 import a3_vae
 import measures
 import runs
@@ -35,7 +38,7 @@ from datasets.common import Loader
 from datasets.mnist import mnist
 from experiments import AUTOENCODERS, LATENT_SIZES, find
 from figures import COLOURS, pdf_figure
-from files import write_csv, write_json
+from files import atomic, write_csv, write_json
 
 TABLE = ('val_neg_elbo_nats', 'test_neg_elbo_nats', 'test_reconstruction_nats', 'test_kl_nats',
          'test_nll_nats')
@@ -95,8 +98,7 @@ def decodings(m: Material, figure: Figure) -> dict[str, float]:
     """
     noise = {zdim: torch.randn(m.n_decoded, zdim, device=m.test.images.device)
              for zdim in (2, 20)}  # before the classifier, whose training seeds the generator
-    classifier = measures.load_classifier(
-        m.folder.with_name(m.folder.name.replace('evidence', 'classifier')), m.train, m.val)
+    classifier = measures.load_classifier(m.folder.parent, m.train, m.val)
     judge = measures.Judge(classifier, m.test.images / 255, m.test.labels)
     rows, shown = [], []
     for run in AUTOENCODERS:
@@ -418,12 +420,58 @@ def dequantisation(m: Material, figure: Figure) -> dict[str, float]:
     return {'bound_nats': bound} | {name: curve[-1] for name, curve in curves.items()}
 
 
+def flow_order(m: Material, figure: Figure) -> dict[str, float]:
+    """In which order the autoregressive flow draws pixels, and what it sees when it draws one.
+
+    The second is not read off the code: each pixel of an image is changed in turn, and what the
+    latent of the drawn pixel notices, under random weights, it sees.
+    """
+    flow = a3_nf.AutoregressiveFlow(n_hidden=8).double().requires_grad_(False)
+    for weight in flow.parameters():
+        nn.init.normal_(weight, std=0.3)
+    raster = torch.arange(784.).view(1, 1, 28, 28)
+    cells = F.pixel_unshuffle(raster, a3_nf.CELL)[0, flow.order].flatten(1).long()  # (16, 49)
+    sequence = torch.cat([cells[scale.first:scale.stop].T.flatten() for scale in flow.scales])
+    position, in_plan = sequence.argsort(), torch.zeros(784)
+    in_plan[cells[:flow.scales[0].stop].flatten()] = 1
+    z = torch.cat([torch.zeros(1, 784), 3 * torch.eye(784)]).double()  # one pixel is brighter
+    latents = torch.cat([flow(rows, rows.new_zeros(len(rows)))[0] for rows in z.split(157)])
+    drawn = {'plan': cells[2, 24], 'detail': cells[9, 24]}  # of the cell in the middle
+    sees = {name: ((latents[1:, pixel] - latents[0, pixel]).abs() > 1e-12).float()
+            for name, pixel in drawn.items()}
+    for name, pixel in drawn.items():
+        sees[name][pixel] = 0
+
+    axes = figure.subplots(1, 3)
+    blue, orange, red = (torch.tensor(to_rgb(COLOURS[i])) for i in (0, 4, 1))
+    colour = torch.where(in_plan[:, None] > 0, blue, orange)
+    age = torch.where(in_plan > 0, position / 196, (position - 196) / 588)[:, None]
+    images = {'order: light to dark': 1 - (0.25 + 0.75 * age) * (1 - colour)}
+    for name, pixel in drawn.items():
+        images[f'what a pixel of the {name} sees'] = image = torch.where(
+            sees[name][:, None] > 0, colour, torch.tensor(0.93))
+        image[pixel] = red
+    for panel, (title, image) in zip(axes, images.items(), strict=True):
+        panel.imshow(image.view(28, 28, 3).numpy(), extent=(0, 28, 28, 0), interpolation='none')
+        panel.set(title=title, xticks=range(0, 29, 4), yticks=range(0, 29, 4))
+        panel.tick_params(length=0, labelbottom=False, labelleft=False)
+        panel.grid(color='white', linewidth=0.8)
+    names = {'plan': blue, 'detail': orange, 'the pixel drawn': red}
+    figure.legend(handles=[Patch(color=tuple(rgb.tolist()), label=name)
+                           for name, rgb in names.items()], ncols=3, loc='outside lower center')
+    with atomic(m.folder / 'flow_order.png') as file:  # for the README
+        figure.savefig(file, format='png', dpi=200, metadata={'Software': None})
+    write_columns(m.folder / 'flow_order.csv', pixel=range(784), position=position,
+                  in_plan=in_plan, **{f'{name}_pixel_sees': seen for name, seen in sees.items()})
+    return {f'{name}_pixel_sees': int(seen.sum()) for name, seen in sees.items()}
+
+
 # By name: the function, the height in inches, and the runs whose models it needs.
 FIGURES = {draw.__name__: (draw, height, needed) for draw, height, needed in (
     (decodings, 1.35, AUTOENCODERS), (codes, 2.4, AUTOENCODERS),
     (latent_sizes, 1.55, LATENT_SIZES), (traversals, 3.3, ['vae_z10']),
     (monte_carlo, 3.3, LATENT_SIZES), (kl_map, 2.2, []), (gan_gradients, 1.9, []),
-    (dequantisation, 1.9, []))}
+    (dequantisation, 1.9, []), (flow_order, 2.2, []))}
 
 
 def load(name: str, args: argparse.Namespace) -> tuple[nn.Module, bytes]:

@@ -40,7 +40,7 @@ from torch.optim.swa_utils import update_bn
 import figures
 import measures
 import runs
-from command_line import Parser, RunError, launch, number, whole_number
+from command_line import Parser, launch, number, whole_number
 from datasets.common import Loader
 from datasets.mnist import mnist
 from files import write_csv
@@ -385,9 +385,6 @@ def make_model(args: argparse.Namespace) -> tuple[Generator, Discriminator]:
 def main(args: argparse.Namespace) -> None:
     device, bf16 = runs.start(args)
     real, val, test = runs.load_data(mnist, args, device)
-    classifier_folder = 'classifier' + '_digits' * (real.source['dataset'] == 'digits')
-    if args.run == classifier_folder:
-        raise RunError(f'--run: {args.run} is the folder of the digit classifier')
 
     runs.seed_all(args.seed, 'weights')
     generator, discriminator = (network.to(device) for network in make_model(args))
@@ -414,7 +411,7 @@ def main(args: argparse.Namespace) -> None:
     if not run.begin(len(real)):
         return
 
-    classifier = measures.load_classifier(run.folder.with_name(classifier_folder), real, val)
+    classifier = measures.load_classifier(args.results_dir, real, val)
     val_judge = measures.Judge(classifier, val.images / 255, val.labels)
     few = noise(args, 25, 'samples', device)
     judged = noise(args, min(N_JUDGED, len(val.images)), 'judged in training', device)

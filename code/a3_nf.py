@@ -10,29 +10,27 @@ al., A Note on the Evaluation of Generative Models, ICLR 2016, section 3.1). Tra
 right-hand side; what is reported is −log p(x + u) / (784 log 2), in bits per dimension.
 
 The flow of the assignment, `--arch mlp`, alternates affine couplings of the two colours of a
-checkerboard. The default, `multiscale`, builds an image from a coarse lattice, every eighth pixel,
-to finer and finer ones. Each of its eight couplings maps a group of pixels to latents by a
+checkerboard. The default, `autoregressive`, maps pixel after pixel to its latent, by a
 piecewise-linear distribution function (Müller et al., Neural Importance Sampling, ACM ToG 2019)
-whose slopes a small convolutional network computes from the coarser pixels, and whose corners are
-at whole pixel values, so that no density has to leak from the black background into the greys. The
-network looks each pixel value up in a table of learned vectors, which brings more than anything
-else that was tried (`report/results/ablations_nf.csv`). The density is then constant over each
-value's unit cube, where Jensen's inequality loses nothing: the flow is also a discrete
-autoregressive model, group by group.
+that depends on the pixels before it: first a plan, every second pixel in both directions, which
+decides what digit it is, then the detail (`report/results/evidence/flow_order.png`). Causal
+transformers look at cells of 4 × 4 pixels (as those over patches of Zhai et al., Normalizing Flows
+are Capable Generative Models, ICML 2025). The functions have their corners at whole pixel values,
+so that no density has to leak from the black background into the greys, and networks see values as
+learned vectors. The density is then constant over each value's unit cube, where Jensen's
+inequality loses nothing: the flow is also a discrete autoregressive model.
 
     python code/a3_nf.py
     python code/a3_nf.py --arch mlp
 
-Measured on MNIST, 40 epochs, seed 42, on two cores of an AMD EPYC: `nf`: val_bpd 1.007, test_bpd
-0.994, train_minutes 23.9, sample_seconds_per_100 0.03, parameters 337836; `nf_mlp`: val_bpd 1.641,
-test_bpd 1.632, test_bpd_iw 1.590, train_minutes 12.3, parameters 18045056.
+MEASURED
 """
 
 import argparse
+import copy
 import math
 import time
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -40,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import figures
+import measures
 import runs
 from command_line import Parser, launch, number, whole_number
 from datasets.common import Loader
@@ -47,14 +46,21 @@ from datasets.mnist import mnist
 
 PIXELS = 28 * 28
 ALPHA = 1e-3  # pixels stay half of it away from 0 and 1, which keeps the logits of black bounded
-CELL = 4  # the multi-scale flow sees an image as 7 × 7 cells of 4 × 4 pixels
+CELL = 4  # the autoregressive flow sees an image as 7 × 7 cells of 4 × 4 pixels
+CELLS = 49
+ORDER = (0, 10, 2, 8, 5, 15, 7, 13, 1, 11, 3, 9, 4, 14, 6, 12)  # a cell, evenly filled
 KNOTS = (0, 1, *range(8, 249, 8), *range(251, 257))  # bins of values; 0 and 251 … 255 have theirs
+VECTOR = 8  # numbers that stand for a pixel's value in the networks
+HEADS = 4  # of attention
+DETAIL = 64, 1, 64  # width, layers and hidden units of each pixel in the network of the detail
 EVAL_BATCH = 250
+SAMPLE_BATCH = 500
 MAX_GRAD_NORM = 1.0  # largest norm of the gradient of the bits per dimension
 IW_DRAWS = 8  # draws of the dequantisation noise for the importance-weighted bound
 DEFAULTS = {  # for each architecture the arguments that are not typed
-    'multiscale': {'n_hidden': 64, 'max_shift': 1, 'batch_size': 128, 'lr': 1.2e-2},
-    'mlp': {'n_hidden': 1024, 'max_shift': 0, 'batch_size': 256, 'lr': 1e-3}}
+    'autoregressive': {'epochs': 9, 'n_hidden': 128, 'max_shift': 1, 'batch_size': 128,
+                       'lr': 1e-2},
+    'mlp': {'epochs': 40, 'n_hidden': 1024, 'max_shift': 0, 'batch_size': 256, 'lr': 1e-3}}
 PUBLISHED = {  # test bits per dimension on MNIST, from the table of Chen et al., Residual Flows
     'Real NVP': 1.06, 'Glow': 1.05, 'Residual Flow': 0.97}
 Batches = Iterable[tuple[Tensor, Tensor]]  # images, (B, 784), 0 to 255, and their labels
@@ -84,15 +90,6 @@ def get_mask() -> Tensor:
     return ((i[:, None] + i) % 2 == 0).float().view(1, PIXELS)
 
 
-def dither_matrix(side: int) -> Tensor:
-    """Bayer's matrix: the ranks 0 … side² − 1 so placed that the first n are far from each other.
-    For side a power of two; M(2n) is [[4M, 4M + 2], [4M + 3, 4M + 1]], where M is M(n)."""
-    if side == 1:
-        return torch.zeros(1, 1, dtype=torch.int64)
-    four = 4 * dither_matrix(side // 2)
-    return torch.cat([torch.cat([four, four + 2], 1), torch.cat([four + 3, four + 1], 1)])
-
-
 def to_latent(z: Tensor, log_p: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
     """Φ⁻¹(C(σ(z))), C the piecewise-linear distribution function of a histogram, and log |slope|.
 
@@ -101,7 +98,7 @@ def to_latent(z: Tensor, log_p: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
     slope cancel in log p(x). Shapes: z any; log_p, log-probabilities of K bins, z's and (K,), or
     to be broadcast to it; edges (K + 1,), rising, with σ(z) between the first and the last.
     """
-    u, widths = torch.sigmoid(z), edges.diff()
+    u, widths = torch.sigmoid(z).contiguous(), edges.diff()
     k = torch.searchsorted(edges[1:-1], u.detach(), right=True)  # the bin
     log_p = log_p.expand(*z.shape, -1)
     log_p_k = log_p.gather(-1, k[..., None])[..., 0]
@@ -125,6 +122,14 @@ def from_latent(latent: Tensor, log_p: Tensor, edges: Tensor) -> tuple[Tensor, T
     return z, log_slope
 
 
+def between_knots(convert: Callable, z: Tensor, log_p: Tensor) -> list[Tensor]:
+    """`to_latent` or `from_latent` with edges at KNOTS, in float64 where no gradient is kept, so
+    that inversion seldom moves a pixel past a whole value; mps has no float64."""
+    wide = z if torch.is_grad_enabled() or z.device.type == 'mps' else z.double()
+    edges = (1 - ALPHA) / 256 * torch.tensor(KNOTS).to(wide) + ALPHA / 2
+    return [part.to(z.dtype) for part in convert(wide, log_p.to(wide), edges)]
+
+
 def normal_quantile(u: Tensor) -> Tensor:
     """Φ⁻¹(u) of each element in (0, 1): √2 erf⁻¹(2u − 1) where torch has no ndtri, on mps."""
     return (math.sqrt(2) * torch.erfinv(2 * u - 1) if u.device.type == 'mps'
@@ -135,13 +140,6 @@ def inside(u: Tensor) -> Tensor:
     """u kept away from 0 and 1 by what rounding can do."""
     eps = torch.finfo(u.dtype).eps / 2
     return u.clamp(eps, 1 - eps)
-
-
-def path(start: Tensor, end: Tensor, steps: int) -> Tensor:
-    """((1 − t) a + t b) / √((1 − t)² + t²): where a and b are independent standard normal vectors,
-    so is each point on it. Shapes: (D,) and (D,) to (steps + 2, D), both ends included."""
-    t = torch.linspace(0, 1, steps + 2, dtype=start.dtype, device=start.device)[:, None]
-    return ((1 - t) * start + t * end) / ((1 - t).square() + t.square()).sqrt()
 
 
 # --- model ---------------------------------------------------------------------------------------
@@ -195,101 +193,139 @@ class Flow(nn.Module):
         return z, ldj
 
 
-class HistogramCoupling(nn.Module):
-    """Maps the pixels of the ranks first … stop − 1 to their latents, given those of lower rank.
-    Ranks, (C, H, W), rise from channel to channel; the network has `n_layers` residual layers."""
+class Layer(nn.Module):
+    """A layer of a causal transformer: each cell gathers from itself and the cells before it, then
+    is transformed alone (Vaswani et al., Attention Is All You Need, NeurIPS 2017, equation 1)."""
 
-    def __init__(self, embedding: nn.Embedding | None, rank: Tensor, first: int, stop: int,
-                 n_hidden: int = 64, n_layers: int = 1):
+    def __init__(self, width: int):
         super().__init__()
-        self.embedding = embedding
-        target, known = (first <= rank) & (rank < stop), rank < first
-        channels = target.any(2).any(1).nonzero()[:, 0].tolist()
-        self.channels = slice(channels[0], channels[-1] + 1)
-        self.n_known = int(known.any(2).any(1).sum())  # channels of which anything is known
-        self.register_buffer('target', target[self.channels].movedim(0, -1), persistent=False)
-        self.register_buffer('known', known[self.n_known - 1], persistent=False)
-        edges = (1 - ALPHA) / 256 * torch.tensor(KNOTS) + ALPHA / 2
-        self.register_buffer('edges', edges, persistent=False)
-        self.place = nn.Parameter(torch.zeros(n_hidden, *rank.shape[1:]))  # digits are centred
-        if self.n_known:
-            n_inputs = self.n_known * (embedding.embedding_dim if embedding else 1)
-            self.look = nn.Conv2d(n_inputs, n_hidden, 3, padding=1, bias=False)
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.SiLU(), nn.Conv2d(n_hidden, 2 * n_hidden, 1),
-                          nn.SiLU(), nn.Conv2d(2 * n_hidden, n_hidden, 1))
-            for _ in range(n_layers))
-        self.last = nn.Conv2d(n_hidden, len(channels) * (len(KNOTS) - 1), 1)
-        nn.init.zeros_(self.last.weight)
-        self.last.bias = nn.Parameter(edges.diff().log().repeat(len(channels)))  # uniform
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        later = torch.full((CELLS, CELLS), -math.inf).triu(1)
+        self.register_buffer('later', later, persistent=False)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.down.weight)
 
-    def forward(self, z: Tensor, ldj: Tensor, reverse: bool = False,
-                embedded: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor]:
-        """z (B, C, H, W) to z' and ldj + log |det ∂z'/∂z|, (B,); with `reverse`, back again. The
-        pixels of lower rank are logits; `embedded` is z as `embed` gives it, where at hand."""
-        h = self.place[None]
-        if self.n_known:
-            seen = embedded or embed(self.embedding, z[:, :self.n_known])
-            *whole, partly = seen[:self.n_known]
-            h = self.look(torch.cat([*whole, partly * self.known], dim=1))
-            h = h + self.place.to(h.dtype)
+    def forward(self, x: Tensor, past: dict) -> Tensor:
+        """(B, t, width) to the same, for the t cells after those whose keys and values are in
+        `past` already, under this layer."""
+        B, t, width = x.shape
+        heads = self.qkv(self.norms[0](x)).view(B, t, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        query, new = heads[0], heads[1:]  # (B, HEADS, t, width / HEADS) for each of three
+        past[self] = torch.cat([past[self], new], dim=3) if self in past else new
+        keys, values = past[self]
+        n = keys.shape[2]
+        scores = query * (width / HEADS) ** -0.5 @ keys.transpose(2, 3) + self.later[n - t:n, :n]
+        found = scores.softmax(-1).to(values.dtype) @ values
+        x = x + self.out(found.transpose(1, 2).reshape(B, t, width))
+        return x + self.down(F.gelu(self.up(self.norms[1](x))))
+
+
+class Scale(nn.Module):
+    """Histograms of the pixels first … stop − 1 of every cell. A convolution looks at the 3 × 3
+    cells around, where it sees all pixels below `first`, but of its own scale those of earlier
+    cells only; a transformer at all cells before; a masked linear map at the cell itself."""
+
+    def __init__(self, first: int, stop: int, width: int, n_layers: int, n_hidden: int):
+        super().__init__()
+        self.first, self.stop, n = first, stop, stop - first
+        self.look = nn.Linear(stop * VECTOR * 9, width)
+        self.place = nn.Parameter(0.02 * torch.randn(CELLS, width))
+        self.layers = nn.ModuleList(Layer(width) for _ in range(n_layers))
+        self.norm = nn.LayerNorm(width)
+        self.cell = nn.Linear(width, n * n_hidden)
+        self.within = nn.Linear(n * VECTOR, n * n_hidden, bias=False)
+        self.last = nn.Parameter(torch.zeros(n, n_hidden, len(KNOTS) - 1))
+        self.bias = nn.Parameter((torch.tensor(KNOTS).diff() / 256).log().repeat(n, 1, 1))
+        # Of its own scale a cell sees, of the nine cells around, the first four: those before it.
+        pixel = torch.arange(stop).repeat_interleave(VECTOR)
+        around = (pixel[:, None] < first) | (torch.arange(9) < 4)
+        before = pixel[first * VECTOR:] < pixel[::VECTOR][first:].repeat_interleave(
+            n_hidden)[:, None]
+        self.register_buffer('around', around.flatten(), persistent=False)
+        self.register_buffer('before', before, persistent=False)
+
+    def context(self, seen: Tensor, past: dict, t: int | None = None) -> Tensor:
+        """What is known outside each cell, (B, 49, n · n_hidden), of the vectors of all pixels,
+        (B, 49, 16, VECTOR); or outside cell t, (B, 1, …), where `past` is of the cells before."""
+        grid = seen[:, :, :self.stop].flatten(2).unflatten(1, (7, 7)).movedim(-1, 1)
+        grid, cells = F.pad(grid, (1, 1, 1, 1)), slice(None)
+        if t is not None:
+            row, column = divmod(t, 7)
+            grid, cells = grid[:, :, row:row + 3, column:column + 3], slice(t, t + 1)
+        kernel = (self.look.weight * self.around).view(-1, self.stop * VECTOR, 3, 3)
+        x = F.conv2d(grid, kernel, self.look.bias).flatten(2).transpose(1, 2) + self.place[cells]
         for layer in self.layers:
-            h = h + layer(h)
-        logits = self.last(F.silu(h)).movedim(1, -1).unflatten(-1, (-1, len(KNOTS) - 1))
-        log_p = logits.to(z.dtype).log_softmax(-1)  # (B or 1, H, W, C', K)
-        old = z[:, self.channels].movedim(1, -1).contiguous()  # (B, H, W, C')
-        new, log_slope = (from_latent if reverse else to_latent)(old, log_p, self.edges.to(z))
-        new = torch.where(self.target, new, old).movedim(-1, 1)
-        z = torch.cat([z[:, :self.channels.start], new, z[:, self.channels.stop:]], dim=1)
-        return z, ldj + (log_slope * self.target).flatten(1).sum(1)
+            x = layer(x, past)
+        return self.cell(self.norm(x))
+
+    def forward(self, context: Tensor, seen: Tensor) -> Tensor:
+        """Logits of the bins, (n, B · t, K), given `context` and the vectors of t cells."""
+        own = seen[:, :, self.first:self.stop].flatten(2)
+        h = F.gelu(context + F.linear(own, self.within.weight * self.before))
+        h = h.view(-1, *self.last.shape[:2]).transpose(0, 1)
+        return torch.baddbmm(self.bias, h, self.last)
 
 
-def embed(embedding: nn.Embedding | None, z: Tensor) -> tuple[Tensor, ...]:
-    """What the networks see of logits (B, C, H, W): C tensors (B, D, H, W), vectors of D numbers
-    that stand for the pixels' values, floored; without an embedding, D = 1, a share of 256."""
-    share = (torch.sigmoid(z.detach()) - ALPHA / 2) / (1 - ALPHA)
-    if embedding is None:
-        return share.float()[:, :, None].unbind(1)
-    values = (share * 256).clamp(0, 255).long()
-    return embedding(values).permute(0, 1, 4, 2, 3).unbind(1)
+class AutoregressiveFlow(nn.Module):
+    """From images to latents and back, by histograms that depend on earlier pixels only: a masked
+    autoregressive flow (Papamakarios et al., NeurIPS 2017) with histograms for its Gaussians.
 
-
-class MultiScaleFlow(nn.Module):
-    """Couplings from the finest lattice of pixels to the coarsest, each given all coarser ones.
-
-    An image is taken apart into channels, one for each place in a cell of 4 × 4 pixels. They are
-    in the order of Bayer's matrix of ranks, tiled over the image: the first is a lattice of 7 × 7
-    pixels, the first four one of 14 × 14, and each channel has four ranks. From images to latents
-    the finest pixels go first, while those that they depend on are untouched; back from latents
-    each coupling doubles the pixels that are there, or adds `max_ranks` ranks where that is fewer.
+    First comes the plan: the first `plan` pixels of each cell (4 make a lattice of every second
+    pixel), cell after cell in reading order, in a cell pixel after pixel. Then comes the detail,
+    all other pixels, in the same order. So the Jacobian is triangular. Towards latents all pixels
+    are mapped at once, back to images one by one.
     """
 
-    def __init__(self, n_hidden: int = 64, n_layers: int = 1, n_embedding: int = 8,
-                 max_ranks: int = 16):
+    def __init__(self, n_hidden: int = 128, n_layers: int = 4, plan: int = 4):
         super().__init__()
         self.z_shape = (PIXELS,)
-        rank = F.pixel_unshuffle(dither_matrix(8).repeat(4, 4)[None, :28, :28], CELL)  # (16, 7, 7)
-        order = rank[:, 0, 0].argsort()  # of the channels, of four ranks each
-        self.register_buffer('order', order, persistent=False)
-        self.embedding = nn.Embedding(256, n_embedding) if n_embedding else None
-        if n_embedding:
-            # In one dimension, neighbours are similar from the start.
-            self.embedding.weight.data[:, 0] = torch.linspace(-2, 2, 256)
-        bounds = [0, 1]
-        while bounds[-1] < 64:
-            bounds.append(min(2 * bounds[-1], bounds[-1] + max_ranks, 64))
-        layers = [HistogramCoupling(self.embedding, rank[order], *ranks, n_hidden, n_layers)
-                  for ranks in pairwise(bounds)]
-        self.layers = nn.ModuleList(reversed(layers))
-        self.to(memory_format=torch.channels_last)
+        self.register_buffer('order', torch.tensor(ORDER), persistent=False)
+        self.embedding = nn.Embedding(256, VECTOR)
+        # In one dimension, neighbours are similar from the start.
+        self.embedding.weight.data[:, 0] = torch.linspace(-2, 2, 256)
+        self.scales = nn.ModuleList([Scale(0, plan, n_hidden, n_layers, n_hidden)] if plan else [])
+        if plan < CELL ** 2:
+            self.scales.append(Scale(plan, CELL ** 2, *DETAIL))
+
+    def embed(self, z: Tensor) -> Tensor:
+        """What the networks see of logits of any shape: vectors, (…, VECTOR), that stand for the
+        pixels' values, floored. No gradient passes to z."""
+        share = (torch.sigmoid(z.detach()) - ALPHA / 2) / (1 - ALPHA)
+        return self.embedding((share * 256).clamp(0, 255).long())
 
     def forward(self, z: Tensor, ldj: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
-        """(B, 784) and (B,) through all layers, or back through them in reverse order."""
-        z = F.pixel_unshuffle(z.view(-1, 1, 28, 28), CELL)[:, self.order]
-        embedded = None if reverse else embed(self.embedding, z)  # once: all see untouched pixels
-        for layer in reversed(self.layers) if reverse else self.layers:
-            z, ldj = layer(z, ldj, reverse, embedded)
-        return F.pixel_shuffle(z[:, self.order.argsort()], CELL).flatten(1), ldj
+        """z (B, 784) to z' and ldj + log |det ∂z'/∂z|, (B,); back again with `reverse`, where no
+        gradient is kept."""
+        cells = F.pixel_unshuffle(z.view(-1, 1, 28, 28), CELL)[:, self.order].flatten(2)
+        cells, log_slope = (self.invert if reverse else self.map)(cells.transpose(0, 1))
+        cells = cells.transpose(0, 1)[:, self.order.argsort()].unflatten(2, (7, 7))
+        return F.pixel_shuffle(cells, CELL).flatten(1), ldj + log_slope.sum((0, 2))
+
+    def map(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (16, B, 49) to latents, and the log |slope| of each: the diagonal's logarithm."""
+        seen = self.embed(z.permute(1, 2, 0))  # (B, 49, 16, VECTOR)
+        logits = torch.cat([scale(scale.context(seen, {}), seen) for scale in self.scales])
+        log_p = logits.to(z.dtype).log_softmax(-1).unflatten(1, z.shape[1:])
+        return between_knots(to_latent, z, log_p)
+
+    @torch.no_grad()
+    def invert(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `map`: one pixel after the other, each given those that are there."""
+        z, log_slope = torch.zeros(2, *latents.shape).to(latents)
+        seen = self.embed(z.permute(1, 2, 0))
+        for scale in self.scales:
+            past = {}
+            for t in range(CELLS):
+                context = scale.context(seen, past, t)
+                for k in range(scale.first, scale.stop):
+                    logits = scale(context, seen[:, t:t + 1])[k - scale.first]
+                    log_p = logits.to(z.dtype).log_softmax(-1)
+                    value, log_slope[k, :, t] = between_knots(
+                        from_latent, latents[k, :, t], log_p)
+                    z[k, :, t], seen[:, t, k] = value, self.embed(value)
+        return z, log_slope
 
 
 class Model(nn.Module):
@@ -324,8 +360,8 @@ class Model(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents to dequantised images, (B, 784) each."""
-        logits, ldj = self.flow(z, z.new_zeros(len(z)), reverse=True)
-        return self.logit_normalize(logits, ldj, reverse=True)[0]
+        logits_and_ldj = self.flow(z, z.new_zeros(len(z)), reverse=True)
+        return self.logit_normalize(*logits_and_ldj, reverse=True)[0]
 
     def forward(self, input: Tensor) -> Tensor:
         """Images (B, 784) of whole numbers, 0 to 255, to log p(x + u), (B,), in nats."""
@@ -335,15 +371,16 @@ class Model(nn.Module):
     @torch.no_grad()
     def sample(self, n_samples: int, temperature: float = 1.) -> Tensor:
         """Dequantised images, (n_samples, 784), of z ~ N(0, temperature² I)."""
-        device = next(self.parameters()).device
-        return self.decode(temperature * sample_prior((n_samples, *self.flow.z_shape), device))
+        size = n_samples, *self.flow.z_shape
+        z = temperature * sample_prior(size, next(self.parameters()).device)
+        return torch.cat([self.decode(rows) for rows in z.split(SAMPLE_BATCH)])
 
 
 # --- training ------------------------------------------------------------------------------------
 
 
-def epoch_iter(model: Model, data: Batches, optimizer: torch.optim.Optimizer | None = None,
-               schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+def epoch_iter(model: Model, data: Batches, *optimizers: torch.optim.Optimizer,
+               schedules: Iterable[torch.optim.lr_scheduler.LRScheduler] = (),
                bf16: bool = False) -> float:
     """One pass over the data, with updates if the model is in training mode; returns the bits per
     dimension, averaged over all images. With `bf16` the networks compute in bfloat16 (the maps and
@@ -354,12 +391,11 @@ def epoch_iter(model: Model, data: Batches, optimizer: torch.optim.Optimizer | N
               torch.autocast(images.device.type, torch.bfloat16, enabled=bf16)):
             bpd = bits_per_dim(model(images)).mean()
         if model.training:
-            optimizer.zero_grad()
+            model.zero_grad()
             bpd.backward()
             nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-            optimizer.step()
-            if schedule is not None:
-                schedule.step()
+            for stepped in (*optimizers, *schedules):
+                stepped.step()
         total = total + bpd.detach() * len(images)  # stays on the device: nothing waits
         count += len(images)
     return float(total / count)
@@ -378,20 +414,18 @@ def evaluated(loader: Loader, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     yield from loader
 
 
-def run_epoch(model: Model, data: tuple[Batches, Batches], optimizer: torch.optim.Optimizer,
+def run_epoch(model: Model, data: tuple[Batches, Batches], *optimizers: torch.optim.Optimizer,
               **options) -> tuple[float, float]:
     """Train on the first data set, then evaluate on the second: `epoch_iter` of each."""
-    train_bpd = epoch_iter(model.train(), data[0], optimizer, **options)
+    train_bpd = epoch_iter(model.train(), data[0], *optimizers, **options)
     return train_bpd, epoch_iter(model.eval(), data[1], bf16=options.get('bf16', False))
 
 
 @torch.no_grad()
 def importance_weighted_bpd(model: Model, data: Batches, draws: int) -> float:
-    """−log₂(1/K Σ_k p(x + u_k)) / 784, u_k ~ U[0, 1)^784, averaged over the images.
-
-    Its expectation is an upper bound on −log₂ P(x) / 784 that does not rise with K (Hoogeboom et
-    al., Learning Discrete Distributions by Dequantization, AABI 2021).
-    """
+    """−log₂(1/K Σ_k p(x + u_k)) / 784, u_k ~ U[0, 1)^784, averaged over images: on average a bound
+    on −log₂ P(x) / 784 from above that does not rise with K (Hoogeboom et al., Learning Discrete
+    Distributions by Dequantization, AABI 2021)."""
     total, count = 0.0, 0
     for images, _ in data:
         log_px = torch.stack([model(images) for _ in range(draws)]).logsumexp(0) - math.log(draws)
@@ -402,30 +436,40 @@ def importance_weighted_bpd(model: Model, data: Batches, draws: int) -> float:
 @torch.no_grad()
 def roundtrip_errors(model: Model, data: Batches, dtype: torch.dtype) -> Tensor:
     """The largest error of a pixel of decode(encode(x + u)), in grey levels, for each image: (N,).
-    The networks compute in float32, all else in `dtype`; if that is float32 too, rounding may move
-    a pixel past a whole value, which changes what the networks see of it."""
+    All is computed in `dtype`. In float32 rounding may move a pixel past a whole value, which
+    changes what the networks see of it."""
+    model = copy.deepcopy(model).to(dtype)
     dequantized = (model.dequantize(images.to(dtype)) for images, _ in data)
     return torch.cat([(model.decode(model.encode(x)[0]) - x).abs().amax(1) for x in dequantized])
 
 
 @torch.no_grad()
-def final_estimates(model: Model, val: Loader, test: Loader, seed: int) -> dict[str, float]:
+def final_estimates(model: Model, classifier: measures.DigitClassifier, val: Loader, test: Loader,
+                    seed: int) -> dict[str, float | str]:
     """The metrics of the trained model, its networks in float32."""
     start, device = time.perf_counter(), test.images.device
-    model.sample(100).cpu()  # the first call is slower; .cpu() waits for the device
-    sample_start = time.perf_counter()
-    model.sample(100).cpu()
+    runs.seed_all(seed, 'judged')
+    samples = model.sample(len(test.images)).floor().clamp(0, 255) / 255
+    sample_start = time.perf_counter()  # later, since the first call is slower
+    model.sample(100).cpu()  # waits for the device
     sample_seconds = time.perf_counter() - sample_start
+    on_val, on_test = (measures.Judge(classifier, real.images / 255, real.labels)
+                       for real in (val, test))
+    tighter = {'test_bpd_iw': importance_weighted_bpd(model, test, IW_DRAWS), 'iw_draws': IW_DRAWS
+               } if isinstance(model.flow, Flow) else {}  # the other is exact with one draw
     precise = torch.float32 if device.type == 'mps' else torch.float64  # mps has no other
-    decoded = test.head(1000)
+    errors = {dtype: roundtrip_errors(model, test.head(1000), dtype)
+              for dtype in (precise, torch.float32)}
     return {
         'val_bpd': epoch_iter(model, evaluated(val, seed)),
         'test_bpd': epoch_iter(model, test),
-        'test_bpd_iw': importance_weighted_bpd(model, test, IW_DRAWS),
-        'iw_draws': IW_DRAWS,
-        'roundtrip_max_error': float(roundtrip_errors(model, decoded, precise).max()),
-        'roundtrip_share_off_float32':
-            float((roundtrip_errors(model, decoded, torch.float32) > 0.5).float().mean()),
+        **tighter,
+        'val_frechet': on_val.glance(samples)['frechet'],
+        'frechet_floor': on_test.glance(val.images / 255)['frechet'],
+        **on_test.measure(samples),
+        'classifier_sha256': measures.fingerprint(classifier),
+        'roundtrip_max_error': float(errors[precise].max()),
+        'roundtrip_share_off_float32': float((errors[torch.float32] > 0.5).float().mean()),
         'sample_seconds_per_100': sample_seconds,
         'parameters': sum(map(torch.numel, model.parameters())),
         'test_minutes': (time.perf_counter() - start) / 60}
@@ -465,11 +509,14 @@ def save_snapshot(model: Model, run: runs.Run, epoch: int) -> None:
 
 @torch.no_grad()
 def save_interpolations(model: Model, images: Tensor, labels: Tensor, run: runs.Run) -> None:
-    """Rows of nine, by `path` in latent space from the first image of a class to that of the next:
-    ten classes give five rows. The ends are decoded again too."""
+    """Rows of nine, from the first image of a class to that of the next: ten classes give five
+    rows. Between latents a and b of images lie ((1 − t) a + t b) / √((1 − t)² + t²): where a and b
+    are independent standard normal vectors, so is each of these. The ends are decoded too."""
     first = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()])
     z, _ = model.encode(model.dequantize(images[first].float()))
-    rows = [path(start, end, steps=7) for start, end in zip(z[::2], z[1::2], strict=False)]
+    t = torch.linspace(0, 1, 9, device=z.device)[:, None]
+    rows = [((1 - t) * a + t * b) / ((1 - t).square() + t.square()).sqrt()
+            for a, b in zip(z[::2], z[1::2], strict=False)]
     save_images(run.path('interpolations.png'), model.decode(torch.cat(rows)), columns=9)
 
 
@@ -479,23 +526,24 @@ def save_interpolations(model: Model, images: Tensor, labels: Tensor, run: runs.
 def build_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add('--epochs', type=whole_number(1), default=40)
-    add('--arch', choices=('multiscale', 'mlp'), default='multiscale',
-        help="a flow from coarse to fine, or the template's")
+    add('--epochs', type=whole_number(1), help='default: 9, with mlp 40')
+    add('--arch', choices=('autoregressive', 'mlp'), default='autoregressive',
+        help="a flow from pixel to pixel, or the template's")
     add('--n_hidden', type=whole_number(1),
-        help="units or channels of each coupling's network (default: 64, with mlp 1024)")
+        help="width of the plan's network, a multiple of 4, or with mlp of each coupling's "
+             '(default: 128, with mlp 1024)')
     add('--n_flows', type=whole_number(1, 1000), default=4, help='mlp: pairs of couplings')
-    add('--n_layers', type=whole_number(0, 1000), default=1,
-        help="multiscale: residual layers of each coupling's network")
-    add('--n_embedding', type=whole_number(0), default=8,
-        help='multiscale: size of the vector for a pixel value, or 0 to use the value itself')
-    add('--max_ranks', type=whole_number(1), default=16,
-        help='multiscale: most ranks, of 64, that one coupling maps; fewer are slower')
+    add('--n_layers', type=whole_number(0, 1000), default=4,
+        help="autoregressive: layers of the plan's transformer")
+    add('--plan', type=whole_number(0, CELL ** 2), default=4,
+        help='autoregressive: pixels of each cell of 16 that come first; 0 for all at once')
     add('--max_shift', type=whole_number(0), choices=(0, 1, 2),
         help='most pixels by which training images are moved, until the last fifth of the epochs '
              '(default: 1, with mlp 0)')
     add('--batch_size', type=whole_number(1), help='default: 128, with mlp 256')
-    add('--lr', type=number(0), help='highest learning rate (default: 1.2e-2, with mlp 1e-3)')
+    add('--lr', type=number(0), help='highest learning rate (default: 1e-2, with mlp 1e-3)')
+    add('--temperature', type=number(0), default=1.,
+        help='what --sample multiplies the latents by: below 1, samples are more alike')
     parser.add_shared_arguments()
     return parser
 
@@ -505,18 +553,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     arch = parser.parse_args(argv).arch
     parser.set_defaults(**DEFAULTS[arch])
     args = parser.parse_args(argv)
-    for name in ('n_layers', 'n_embedding', 'max_ranks') if arch == 'mlp' else ('n_flows',):
+    for name in ('n_layers', 'plan') if arch == 'mlp' else ('n_flows',):
         if getattr(args, name) != parser.get_default(name):
             parser.error(f'--{name} has no meaning with --arch {arch}')
-    args.name = parser.run_name('nf_mlp' if arch == 'mlp' else 'nf', args, 'arch')
+    if arch == 'autoregressive' and args.n_hidden % HEADS:
+        parser.error(f'--n_hidden {args.n_hidden} is not a multiple of {HEADS}')
+    if args.temperature != 1 and not args.sample:
+        parser.error('--temperature has no meaning without --sample')
+    args.name = parser.run_name('nf_mlp' if arch == 'mlp' else 'nf', args, 'arch', 'temperature')
     return args
 
 
 def make_model(args: argparse.Namespace) -> Model:
     """The untrained flow that these arguments ask for."""
     flow = (Flow([PIXELS], args.n_flows, args.n_hidden) if args.arch == 'mlp' else
-            MultiScaleFlow(args.n_hidden, args.n_layers, args.n_embedding, args.max_ranks))
+            AutoregressiveFlow(args.n_hidden, args.n_layers, args.plan))
     return Model([PIXELS], flow)
+
+
+def make_optimizers(model: Model, lr: float) -> list[torch.optim.Optimizer]:
+    """Adam; and for the linear layers of an autoregressive flow Muon, which learns much faster, by
+    updates whose singular values are all alike (Jordan et al., Muon: An Optimizer for Hidden
+    Layers in Neural Networks, 2024)."""
+    matrices = [layer.weight for layer in model.flow.modules() if isinstance(layer, nn.Linear)
+                and isinstance(model.flow, AutoregressiveFlow)]
+    others = [weight for weight in model.parameters() if weight not in set(matrices)]
+    optimizers = [torch.optim.Adam(others, lr, (0.9, 0.99), fused=True)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr, 0., adjust_lr_fn='match_rms_adamw'))
+    return optimizers
 
 
 def main(args: argparse.Namespace) -> None:
@@ -526,23 +591,26 @@ def main(args: argparse.Namespace) -> None:
 
     runs.seed_all(args.seed, 'weights')
     model = make_model(args).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, (0.9, 0.99), fused=True)
-    steps = args.epochs * len(train)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
+    optimizers, steps = make_optimizers(model, args.lr), args.epochs * len(train)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate((step + 1) / (steps + 1)))
-    run = runs.Run(main, args, train.source, device,
-                   {'model': model, 'optimizer': optimizer, 'schedule': schedule})
+        for optimizer in optimizers]
+    parts = {'optimizer': optimizers, 'schedule': schedules}
+    run = runs.Run(main, args, train.source, device, {'model': model} | {
+        f'{name}{i}': part for name, several in parts.items() for i, part in enumerate(several)})
 
     if args.sample:
-        run.load('arch', 'n_hidden', 'n_layers', 'n_embedding', 'max_ranks', 'n_flows')
+        run.load('arch', 'n_hidden', 'n_layers', 'plan', 'n_flows')
         model.eval()
         runs.seed_all(args.seed, f'{args.sample} samples')
         columns = math.ceil(math.sqrt(args.sample))
-        save_images(run.path('sample.png'), model.sample(args.sample), columns)
+        images = model.sample(args.sample, args.temperature)
+        save_images(run.path('sample.png'), images, columns)
         print(run.path('sample.png'))
         return
     if not run.begin(len(train)):
         return
+    classifier = measures.load_classifier(args.results_dir, train, val)
 
     snapshots = {0, 1} | {round(share * args.epochs) for share in (0.325, 0.5, 0.65, 1)}
     for epoch in run.epochs():
@@ -553,7 +621,7 @@ def main(args: argparse.Namespace) -> None:
         else:
             shift = args.max_shift if epoch <= 0.8 * args.epochs else 0
             data = moved(run.track(train), shift), evaluated(val, args.seed)
-            running, val_bpd = run_epoch(model, data, optimizer, schedule=schedule, bf16=bf16)
+            running, val_bpd = run_epoch(model, data, *optimizers, schedules=schedules, bf16=bf16)
         train_bpd = epoch_iter(model, evaluated(curve_train, args.seed), bf16=bf16)
         row = {'epoch': epoch, 'train_bpd': train_bpd, 'val_bpd': val_bpd,
                'running_bpd': running, 'seconds': time.perf_counter() - start}
@@ -567,7 +635,7 @@ def main(args: argparse.Namespace) -> None:
                   run.path('bpd.pdf'))
     runs.seed_all(args.seed, 'test')
     save_interpolations(model, test.images, test.labels, run)
-    run.finish(final_estimates(model, val, test, args.seed))
+    run.finish(final_estimates(model, classifier, val, test, args.seed))
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent  # the project's folder, where default paths start
 # Arguments that do not change what a run computes (config.json names the device that was used).
 NEUTRAL = ('device', 'data_dir', 'results_dir', 'run', 'name', 'dataset', 'resume', 'overwrite',
-           'dry_run', 'sample', 'save_interval')
+           'dry_run', 'sample', 'save_interval', 'temperature')
 
 
 class Terminated(KeyboardInterrupt):

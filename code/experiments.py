@@ -39,7 +39,7 @@ ASKED_FOR = [  # by the questions
     Job('vae_z20', 'a3_vae.py --zdim 20', 4.5),
     Job('vae_z2', 'a3_vae.py --zdim 2', 4.5),
     Job('gan', 'a3_gan.py', 11),
-    Job('nf', 'a3_nf.py', 26),
+    Job('nf', 'a3_nf.py', 27),
     Job('nf_mlp', 'a3_nf.py --arch mlp', 14),
 ]
 MAIN = [
@@ -53,20 +53,18 @@ MAIN = [
     *(Job(f'{job.name}_seed{seed}', f'{job.command} --seed {seed}', job.minutes)
       for seed in (43, 44) for job in ASKED_FOR if job.name in ('vae_z20', 'gan', 'nf')),
 ]
-# For each table of ablations: the script, the arguments that all its runs share, the columns of
-# log.csv that it shows, what is changed in each run, and the minutes of one run.
+# For each table of ablations: the script, the arguments that all its runs share, the figures that
+# it shows, what is changed in each run, the seeds of each, and the minutes of one run.
 ABLATIONS = {
     'vae': ('a3_vae.py', '--zdim 20 --iw_samples 100',
             ('val_neg_elbo_nats', 'train_neg_elbo_nats'),
             ('', '--augment 0', '--skip no', '--hidden_dim 256', '--n_layers 2',
-             '--precision fp32'), 4),
+             '--precision fp32'), (42,), 4),
     'gan': ('a3_gan.py', '--n_epochs 10', ('val_frechet', 'class_share_min', 'd_real', 'd_fake'),
             ('', '--arch mlp', '--average 0', '--penalty 0', '--max_shift 0',
-             '--beta1 0.9 --beta2 0.999', '--precision fp32'), 2),
-    'nf': ('a3_nf.py', '--epochs 3', ('val_bpd', 'train_bpd'),
-           ('', '--n_embedding 0', '--max_ranks 64', '--max_ranks 4', '--n_hidden 32',
-            '--n_layers 0', '--max_shift 0', '--max_ranks 8 --n_layers 2', '--precision fp32'),
-           2.5),
+             '--beta1 0.9 --beta2 0.999', '--precision fp32'), (42,), 2),
+    'nf': ('a3_nf.py', '--epochs 1', ('val_bpd', 'val_frechet'),
+           ('', '--plan 0', '--n_layers 1', '--n_hidden 64'), (42, 43, 44), 5),
 }
 FIGURES = [Job('evidence', 'a3_evidence.py', 10), Job('compare', 'a3_compare.py', 6)]
 # The models that are compared, each with the runs of all its seeds, and their names in tables.
@@ -87,9 +85,11 @@ def find(name: str) -> Job:
 
 def ablation_jobs(table: str) -> list[Job]:
     """The runs of one table of ablations, in folders `ablations/…`."""
-    script, shared, _, choices, minutes = ABLATIONS[table]
-    return [Job('_'.join(['ablations/' + table, *choice.replace('--', '').split()]),
-                f'{script} {shared} {choice}'.strip(), minutes) for choice in choices]
+    script, shared, _, choices, seeds, minutes = ABLATIONS[table]
+    settings = [f'{choice} --seed {seed}'.removesuffix(' --seed 42').strip()
+                for choice in choices for seed in seeds]
+    return [Job('_'.join(['ablations/' + table, *setting.replace('--', '').split()]),
+                f'{script} {shared} {setting}'.strip(), minutes) for setting in settings]
 
 
 def every_job() -> list[Job]:

@@ -144,8 +144,9 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(b''.join(weights)).hexdigest()
 
 
-def load_classifier(folder: Path, train: Loader, val: Loader) -> DigitClassifier:
-    """The classifier saved in `folder`, retrained if missing, damaged or for other images."""
+def load_classifier(results: Path, train: Loader, val: Loader) -> DigitClassifier:
+    """The classifier saved in the results, retrained if missing, damaged or for other images."""
+    folder = results / f'classifier{"_digits" * (train.source["dataset"] == "digits")}'
     path, device = folder / 'checkpoint.pt', train.images.device
     made_from = dict(train.source['sha256'], images=len(train.images), epochs=EPOCHS, seed=SEED)
     if path.exists():

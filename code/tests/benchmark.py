@@ -72,12 +72,13 @@ def train_gan(bf16: bool, fused: bool, template: bool) -> Train:
 
 
 def train_nf(bf16: bool, fused: bool, template: bool) -> Train:
-    model = a3_nf.Model([784], None if template else a3_nf.MultiScaleFlow())
-    optimizer, shift = adam(model, fused), 0 if template else 1
+    model = a3_nf.Model([784], None if template else a3_nf.AutoregressiveFlow())
+    optimizers = [adam(model, fused)] if template else a3_nf.make_optimizers(model, 1e-4)
+    shift = 0 if template else 1
 
     def train(batches: Iterable) -> None:
         grey = (((images * 255).round(), None) for images in batches)
-        a3_nf.epoch_iter(model.train(), a3_nf.moved(grey, shift), optimizer, bf16=bf16)
+        a3_nf.epoch_iter(model.train(), a3_nf.moved(grey, shift), *optimizers, bf16=bf16)
     return train
 
 
@@ -96,7 +97,7 @@ class FromTensors(MNIST):
 class Recorder(TorchDispatchMode):
     """Keeps every matrix product and convolution that is computed under it."""
 
-    OPS = ('mm', 'addmm', 'bmm', 'convolution', 'convolution_backward')
+    OPS = ('mm', 'addmm', 'bmm', 'baddbmm', 'convolution', 'convolution_backward')
 
     def __init__(self):
         super().__init__()

@@ -34,7 +34,7 @@ TINY_VAE = 'a3_vae.py --zdim 3 --hidden_dim 16 --n_layers 1 --epochs 1 --iw_samp
 JOBS = [Job('one', TINY_VAE, 1), Job('one_seed43', f'{TINY_VAE} --seed 43', 1),
         Job('grey', f'{TINY_VAE} --likelihood gaussian', 1),
         Job('two', 'a3_gan.py --latent_dim 8 --batch_size 50 --epochs 1', 1),
-        Job('three', 'a3_nf.py --n_hidden 4 --n_embedding 2 --epochs 1', 1)]
+        Job('three', 'a3_nf.py --n_hidden 4 --n_layers 1 --epochs 1', 1)]
 LABELS = {'one': 'VAE', 'grey': 'VAE, Gaussian', 'two': 'GAN', 'three': 'flow'}
 TINY = ((experiments, 'MAIN', JOBS), (a3_compare, 'COMPARED', LABELS),
         (a3_compare, 'N_SAMPLES', N), (a3_gan, 'N_JUDGED', N), (a3_gan, 'EVAL_BATCH', 50))
@@ -91,7 +91,7 @@ def test_samples_have_8_bits_and_the_speed_is_that_of_the_median_block(monkeypat
 def test_each_kind_of_model_is_sampled_as_its_script_says():
     torch.manual_seed(6)
     vae, generator = a3_vae.VAE(16, 3, 1).eval(), a3_gan.Generator(8).eval()
-    flow = a3_nf.Model([784], a3_nf.MultiScaleFlow(4, 1, 2))  # at first uniform
+    flow = a3_nf.Model([784], a3_nf.AutoregressiveFlow(4, 1))  # at first uniform
     draw_digits = a3_compare.gan_sampler(generator)
     drawn, expected = [], []
     for results, vae_sample, gan_sample in (
@@ -120,7 +120,7 @@ def test_the_vae_decodes_what_it_was_trained_on(likelihood):
 
 def test_the_flow_decodes_exactly():
     torch.manual_seed(10)
-    model = a3_nf.Model([784], a3_nf.MultiScaleFlow(4, 1, 2))
+    model = a3_nf.Model([784], a3_nf.AutoregressiveFlow(4, 1))
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.1)
     with torch.no_grad():
@@ -217,7 +217,7 @@ def test_the_floor_and_a_run_are_measured_as_by_hand(finished, monkeypatch):
     folder, _ = finished
     train, val, test = mnist(dataset='digits')
     rows = rows_of(folder.parent)
-    classifier = measures.load_classifier(folder.with_name('classifier_digits'), train, val)
+    classifier = measures.load_classifier(folder.parent, train, val)
     judge = measures.Judge(classifier, test.images / 255, test.labels)
     flow = runs.load_trained(folder.with_name('three_digits'), 'a3_nf', 'model', a3_nf.make_model)
     runs.seed_all(42, 'compared three_digits')

@@ -470,7 +470,7 @@ def test_samples_of_the_average_are_judged_against_test_images_and_so_are_valida
     folder = finished[0]
     written = json.loads((folder / 'metrics.json').read_text())
     real, val, test = mnist(folder, 50, False, 'digits', torch.device('cpu'))
-    classifier = measures.load_classifier(folder.with_name('classifier_digits'), real, val)
+    classifier = measures.load_classifier(folder.parent, real, val)
     averaged = runs.load_trained(folder, 'a3_gan', 'averaged', lambda args: make_model(args)[0])
 
     def drawn(purpose: str) -> Tensor:

@@ -196,7 +196,7 @@ def trained(monkeypatch, classifier) -> list[Loader]:
 def saved(tmp_path, digits, trained, capsys) -> Path:
     """The folder of a classifier that has just been trained."""
     folder = tmp_path / 'results' / 'classifier'
-    load_classifier(folder, digits[0], digits[1])
+    load_classifier(folder.parent, digits[0], digits[1])
     assert capsys.readouterr().out.count('\n') == len(trained) == 1
     return folder
 
@@ -212,7 +212,7 @@ def test_a_new_classifier_is_saved_with_accuracy_and_minutes(saved, digits, clas
 def test_a_saved_classifier_is_loaded_for_evaluation_and_its_files_are_left_alone(
         saved, digits, classifier, trained, capsys):
     before = {path: path.stat().st_mtime_ns for path in saved.iterdir()}
-    loaded = load_classifier(saved, digits[0], digits[1])
+    loaded = load_classifier(saved.parent, digits[0], digits[1])
     assert loaded is not classifier and fingerprint(loaded) == fingerprint(classifier)
     assert not loaded.training and len(trained) == 1 and capsys.readouterr().out == ''
     assert before == {path: path.stat().st_mtime_ns for path in saved.iterdir()}
@@ -237,7 +237,7 @@ def test_a_damaged_file_is_reported_and_replaced_and_never_run_as_code(
     damage(saved / 'checkpoint.pt')
     (saved / 'checkpoint.pt.123.tmp').write_bytes(b'what a killed process leaves')
     for _ in range(2):  # the second time, from the new file
-        loaded = load_classifier(saved, digits[0], digits[1])
+        loaded = load_classifier(saved.parent, digits[0], digits[1])
         assert fingerprint(loaded) == fingerprint(classifier) and len(trained) == 2
     assert capsys.readouterr().out.count(f'{saved}/checkpoint.pt cannot be loaded') == 1
     assert sorted(os.listdir(saved)) == ['checkpoint.pt', 'config.json', 'metrics.json']
@@ -252,7 +252,7 @@ def test_a_classifier_of_other_images_or_of_another_recipe_is_replaced(
     elif change != 'images':
         monkeypatch.setattr(measures, change, 7)
     for _ in range(2):
-        load_classifier(saved, other, digits[1])
+        load_classifier(saved.parent, other, digits[1])
         assert trained[1:] == [other] and 'cannot' not in capsys.readouterr().out
 
 

@@ -192,13 +192,13 @@ def test_a_table_of_ablations_has_the_last_figures_of_its_runs(tmp_path, monkeyp
         folder = tmp_path / job.name
         folder.mkdir(parents=True)
         (folder / 'log.csv').write_text(f'epoch,val_bpd,train_bpd\n0,8,8\n1,{n}.5,{n}.25\n')
-        (folder / 'metrics.json').write_text(f'{{"train_minutes": {n}, "parameters": 7, '
-                                             '"seed": 42, "other": 1}')
+        (folder / 'metrics.json').write_text(f'{{"train_minutes": {n}, "parameters": 7, "seed": 42'
+                                             ', "val_bpd": 9, "val_frechet": 30, "other": 1}')
     results.gather('nf')
     head, first, second, *_ = (tmp_path / 'ablations_nf.csv').read_text().splitlines()
-    assert head == 'setting,val_bpd,train_bpd,train_minutes,parameters,seed'
-    assert first == '--epochs 3,0.5,0.25,0,7,42'
-    assert second == '--epochs 3 --n_embedding 0,1.5,1.25,1,7,42'
+    assert head == 'setting,val_bpd,val_frechet,train_minutes,parameters,seed'
+    assert first == '--epochs 1,0.5,30.0,0,7,42'
+    assert second == '--epochs 1 --seed 43,1.5,30.0,1,7,42'
 
 
 # --- what is committed ---------------------------------------------------------------------------
