@@ -10,15 +10,14 @@ al., A Note on the Evaluation of Generative Models, ICLR 2016, section 3.1). Tra
 right-hand side; what is reported is −log p(x + u) / (784 log 2), in bits per dimension.
 
 The flow of the assignment, `--arch mlp`, alternates affine couplings of the two colours of a
-checkerboard. The default, `autoregressive`, maps pixel after pixel to its latent, by a
+checkerboard. The default, `autoregressive`, maps one pixel after the other to its latent, by a
 piecewise-linear distribution function (Müller et al., Neural Importance Sampling, ACM ToG 2019)
 that depends on the pixels before it: first a plan, every second pixel in both directions, which
-decides what digit it is, then the detail (`report/results/evidence/flow_order.png`). Causal
-transformers look at cells of 4 × 4 pixels (as those over patches of Zhai et al., Normalizing Flows
-are Capable Generative Models, ICML 2025). The functions have their corners at whole pixel values,
-so that no density has to leak from the black background into the greys, and networks see values as
-learned vectors. The density is then constant over each value's unit cube, where Jensen's
-inequality loses nothing: the flow is also a discrete autoregressive model.
+decides what digit it is, then the detail. Causal transformers look at cells of 4 × 4 pixels (Zhai
+et al., Normalizing Flows are Capable Generative Models, ICML 2025, look at patches). The functions
+have corners at whole pixel values, so that no density leaks from the black background into the
+greys. It is then constant over each value's unit cube, where Jensen's inequality loses nothing:
+the flow is also a discrete autoregressive model.
 
     python code/a3_nf.py
     python code/a3_nf.py --arch mlp
@@ -46,21 +45,17 @@ from datasets.mnist import mnist
 
 PIXELS = 28 * 28
 ALPHA = 1e-3  # pixels stay half of it away from 0 and 1, which keeps the logits of black bounded
-CELL = 4  # the autoregressive flow sees an image as 7 × 7 cells of 4 × 4 pixels
-CELLS = 49
+CELL, CELLS = 4, 49  # the autoregressive flow sees an image as 7 × 7 cells of 4 × 4 pixels
 ORDER = (0, 10, 2, 8, 5, 15, 7, 13, 1, 11, 3, 9, 4, 14, 6, 12)  # a cell, evenly filled
 KNOTS = (0, 1, *range(8, 249, 8), *range(251, 257))  # bins of values; 0 and 251 … 255 have theirs
-VECTOR = 8  # numbers that stand for a pixel's value in the networks
-HEADS = 4  # of attention
+HEADS, VECTOR = 4, 8  # of attention; numbers that stand for a pixel's value in the networks
 DETAIL = 64, 1, 64  # width, layers and hidden units of each pixel in the network of the detail
-EVAL_BATCH = 250
-SAMPLE_BATCH = 500
+EVAL_BATCH, SAMPLE_BATCH = 250, 500
 MAX_GRAD_NORM = 1.0  # largest norm of the gradient of the bits per dimension
 IW_DRAWS = 8  # draws of the dequantisation noise for the importance-weighted bound
 DEFAULTS = {  # for each architecture the arguments that are not typed
-    'autoregressive': {'epochs': 9, 'n_hidden': 128, 'max_shift': 1, 'batch_size': 128,
-                       'lr': 1e-2},
-    'mlp': {'epochs': 40, 'n_hidden': 1024, 'max_shift': 0, 'batch_size': 256, 'lr': 1e-3}}
+    'autoregressive': dict(epochs=9, n_hidden=128, max_shift=1, batch_size=128, lr=1e-2),
+    'mlp': dict(epochs=40, n_hidden=1024, max_shift=0, batch_size=256, lr=1e-3)}
 PUBLISHED = {  # test bits per dimension on MNIST, from the table of Chen et al., Residual Flows
     'Real NVP': 1.06, 'Glow': 1.05, 'Residual Flow': 0.97}
 Batches = Iterable[tuple[Tensor, Tensor]]  # images, (B, 784), 0 to 255, and their labels
@@ -94,13 +89,11 @@ def to_latent(z: Tensor, log_p: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
     """Φ⁻¹(C(σ(z))), C the piecewise-linear distribution function of a histogram, and log |slope|.
 
     The latent is standard normal if σ(z) has the histogram's density. It passes no gradient on to
-    log_p: since no later layer changes or sees it, its own log-prior and the −log_prior in the
-    slope cancel in log p(x). Shapes: z any; log_p, log-probabilities of K bins, z's and (K,), or
-    to be broadcast to it; edges (K + 1,), rising, with σ(z) between the first and the last.
+    log_p: its own log-prior and the −log_prior in the slope cancel in log p(x). Shapes: z any;
+    log_p, log-probabilities of K bins, z's and (K,); edges (K + 1,), rising, around σ(z).
     """
     u, widths = torch.sigmoid(z).contiguous(), edges.diff()
     k = torch.searchsorted(edges[1:-1], u.detach(), right=True)  # the bin
-    log_p = log_p.expand(*z.shape, -1)
     log_p_k = log_p.gather(-1, k[..., None])[..., 0]
     cdf_right = log_p.detach().exp().cumsum(-1).gather(-1, k[..., None])[..., 0]
     cdf_u = cdf_right - log_p_k.detach().exp() * (1 - (u - edges[k]) / widths[k])
@@ -111,8 +104,7 @@ def to_latent(z: Tensor, log_p: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
 
 def from_latent(latent: Tensor, log_p: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse of `to_latent` in z, and its log |slope|; arguments and shapes as there."""
-    log_p, widths = log_p.expand(*latent.shape, -1), edges.diff()
-    cdf_u, cdf_right = torch.special.ndtr(latent), log_p.exp().cumsum(-1)
+    cdf_u, cdf_right, widths = torch.special.ndtr(latent), log_p.exp().cumsum(-1), edges.diff()
     k = (cdf_right[..., :-1] <= cdf_u[..., None]).sum(-1)
     log_p_k = log_p.gather(-1, k[..., None])[..., 0]
     cdf_right = cdf_right.gather(-1, k[..., None])[..., 0]
@@ -233,8 +225,7 @@ class Scale(nn.Module):
         self.look = nn.Linear(stop * VECTOR * 9, width)
         self.place = nn.Parameter(0.02 * torch.randn(CELLS, width))
         self.layers = nn.ModuleList(Layer(width) for _ in range(n_layers))
-        self.norm = nn.LayerNorm(width)
-        self.cell = nn.Linear(width, n * n_hidden)
+        self.norm, self.cell = nn.LayerNorm(width), nn.Linear(width, n * n_hidden)
         self.within = nn.Linear(n * VECTOR, n * n_hidden, bias=False)
         self.last = nn.Parameter(torch.zeros(n, n_hidden, len(KNOTS) - 1))
         self.bias = nn.Parameter((torch.tensor(KNOTS).diff() / 256).log().repeat(n, 1, 1))
@@ -247,7 +238,7 @@ class Scale(nn.Module):
         self.register_buffer('before', before, persistent=False)
 
     def context(self, seen: Tensor, past: dict, t: int | None = None) -> Tensor:
-        """What is known outside each cell, (B, 49, n · n_hidden), of the vectors of all pixels,
+        """What is known outside each cell, (B, 49, n · n_hidden), from the vectors of all pixels,
         (B, 49, 16, VECTOR); or outside cell t, (B, 1, …), where `past` is of the cells before."""
         grid = seen[:, :, :self.stop].flatten(2).unflatten(1, (7, 7)).movedim(-1, 1)
         grid, cells = F.pad(grid, (1, 1, 1, 1)), slice(None)
@@ -269,13 +260,12 @@ class Scale(nn.Module):
 
 
 class AutoregressiveFlow(nn.Module):
-    """From images to latents and back, by histograms that depend on earlier pixels only: a masked
+    """From images to latents and back by histograms that depend on earlier pixels only, a masked
     autoregressive flow (Papamakarios et al., NeurIPS 2017) with histograms for its Gaussians.
 
     First comes the plan: the first `plan` pixels of each cell (4 make a lattice of every second
-    pixel), cell after cell in reading order, in a cell pixel after pixel. Then comes the detail,
-    all other pixels, in the same order. So the Jacobian is triangular. Towards latents all pixels
-    are mapped at once, back to images one by one.
+    pixel), cell after cell in reading order, in a cell one by one; then all others, the detail, in
+    the same order. Towards latents all pixels are mapped at once, back to images one by one.
     """
 
     def __init__(self, n_hidden: int = 128, n_layers: int = 4, plan: int = 4):
@@ -283,11 +273,9 @@ class AutoregressiveFlow(nn.Module):
         self.z_shape = (PIXELS,)
         self.register_buffer('order', torch.tensor(ORDER), persistent=False)
         self.embedding = nn.Embedding(256, VECTOR)
-        # In one dimension, neighbours are similar from the start.
-        self.embedding.weight.data[:, 0] = torch.linspace(-2, 2, 256)
-        self.scales = nn.ModuleList([Scale(0, plan, n_hidden, n_layers, n_hidden)] if plan else [])
-        if plan < CELL ** 2:
-            self.scales.append(Scale(plan, CELL ** 2, *DETAIL))
+        self.embedding.weight.data[:, 0] = torch.linspace(-2, 2, 256)  # neighbours are similar
+        scales = (0, plan, n_hidden, n_layers, n_hidden), (plan, CELL ** 2, *DETAIL)
+        self.scales = nn.ModuleList(Scale(*scale) for scale in scales if scale[0] < scale[1])
 
     def embed(self, z: Tensor) -> Tensor:
         """What the networks see of logits of any shape: vectors, (…, VECTOR), that stand for the
@@ -341,10 +329,8 @@ class Model(nn.Module):
 
     def logit_normalize(self, z: Tensor, logdet: Tensor, reverse: bool = False
                         ) -> tuple[Tensor, Tensor]:
-        """z in [0, 256) to logit((1 − α) z / 256 + α / 2), or with `reverse` back.
-
-        log |det| = Σ log (1 − α) / 256 − log s − log(1 − s), s = σ(logit). Shapes: (B, D), (B,).
-        """
+        """z in [0, 256) to logit((1 − α) z / 256 + α / 2), or with `reverse` back, and log |det| =
+        Σ log (1 − α) / 256 − log s − log(1 − s), s = σ(logit). Shapes: (B, D), (B,)."""
         constant = z[0].numel() * (math.log1p(-ALPHA) - math.log(256))
         if not reverse:
             s = (1 - ALPHA) / 256 * z + ALPHA / 2
@@ -360,8 +346,7 @@ class Model(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents to dequantised images, (B, 784) each."""
-        logits_and_ldj = self.flow(z, z.new_zeros(len(z)), reverse=True)
-        return self.logit_normalize(*logits_and_ldj, reverse=True)[0]
+        return self.logit_normalize(*self.flow(z, z.new_zeros(len(z)), True), reverse=True)[0]
 
     def forward(self, input: Tensor) -> Tensor:
         """Images (B, 784) of whole numbers, 0 to 255, to log p(x + u), (B,), in nats."""
@@ -382,9 +367,8 @@ class Model(nn.Module):
 def epoch_iter(model: Model, data: Batches, *optimizers: torch.optim.Optimizer,
                schedules: Iterable[torch.optim.lr_scheduler.LRScheduler] = (),
                bf16: bool = False) -> float:
-    """One pass over the data, with updates if the model is in training mode; returns the bits per
-    dimension, averaged over all images. With `bf16` the networks compute in bfloat16 (the maps and
-    densities never do)."""
+    """One pass over the data, with updates in training mode: the bits per dimension, averaged over
+    all images. With `bf16` the networks compute in bfloat16, the maps and densities never."""
     total, count = 0.0, 0
     for images, _ in data:
         with (torch.set_grad_enabled(model.training),
@@ -423,9 +407,8 @@ def run_epoch(model: Model, data: tuple[Batches, Batches], *optimizers: torch.op
 
 @torch.no_grad()
 def importance_weighted_bpd(model: Model, data: Batches, draws: int) -> float:
-    """−log₂(1/K Σ_k p(x + u_k)) / 784, u_k ~ U[0, 1)^784, averaged over images: on average a bound
-    on −log₂ P(x) / 784 from above that does not rise with K (Hoogeboom et al., Learning Discrete
-    Distributions by Dequantization, AABI 2021)."""
+    """−log₂(1/K Σ_k p(x + u_k)) / 784, u_k ~ U[0, 1)^784, averaged over images: in expectation it
+    does not rise with K, down to −log₂ P(x) / 784 (Hoogeboom et al., AABI 2021)."""
     total, count = 0.0, 0
     for images, _ in data:
         log_px = torch.stack([model(images) for _ in range(draws)]).logsumexp(0) - math.log(draws)
@@ -435,9 +418,8 @@ def importance_weighted_bpd(model: Model, data: Batches, draws: int) -> float:
 
 @torch.no_grad()
 def roundtrip_errors(model: Model, data: Batches, dtype: torch.dtype) -> Tensor:
-    """The largest error of a pixel of decode(encode(x + u)), in grey levels, for each image: (N,).
-    All is computed in `dtype`. In float32 rounding may move a pixel past a whole value, which
-    changes what the networks see of it."""
+    """The largest error of a pixel of decode(encode(x + u)), in grey levels, for each image, (N,).
+    In float32 rounding may move a pixel past a whole value, which changes what networks see."""
     model = copy.deepcopy(model).to(dtype)
     dequantized = (model.dequantize(images.to(dtype)) for images, _ in data)
     return torch.cat([(model.decode(model.encode(x)[0]) - x).abs().amax(1) for x in dequantized])
@@ -457,7 +439,7 @@ def final_estimates(model: Model, classifier: measures.DigitClassifier, val: Loa
                        for real in (val, test))
     tighter = {'test_bpd_iw': importance_weighted_bpd(model, test, IW_DRAWS), 'iw_draws': IW_DRAWS
                } if isinstance(model.flow, Flow) else {}  # the other is exact with one draw
-    precise = torch.float32 if device.type == 'mps' else torch.float64  # mps has no other
+    precise = torch.float32 if device.type == 'mps' else torch.float64
     errors = {dtype: roundtrip_errors(model, test.head(1000), dtype)
               for dtype in (precise, torch.float32)}
     return {
@@ -509,9 +491,8 @@ def save_snapshot(model: Model, run: runs.Run, epoch: int) -> None:
 
 @torch.no_grad()
 def save_interpolations(model: Model, images: Tensor, labels: Tensor, run: runs.Run) -> None:
-    """Rows of nine, from the first image of a class to that of the next: ten classes give five
-    rows. Between latents a and b of images lie ((1 − t) a + t b) / √((1 − t)² + t²): where a and b
-    are independent standard normal vectors, so is each of these. The ends are decoded too."""
+    """Five rows of nine, from the first image of a class to that of the next: between latents a
+    and b lie ((1 − t) a + t b) / √((1 − t)² + t²), as normal as independent a and b are."""
     first = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()])
     z, _ = model.encode(model.dequantize(images[first].float()))
     t = torch.linspace(0, 1, 9, device=z.device)[:, None]
@@ -538,8 +519,8 @@ def build_parser() -> Parser:
     add('--plan', type=whole_number(0, CELL ** 2), default=4,
         help='autoregressive: pixels of each cell of 16 that come first; 0 for all at once')
     add('--max_shift', type=whole_number(0), choices=(0, 1, 2),
-        help='most pixels by which training images are moved, until the last fifth of the epochs '
-             '(default: 1, with mlp 0)')
+        help='most pixels by which images are moved, until the last fifth of the epochs (default: '
+             '1, with mlp 0)')
     add('--batch_size', type=whole_number(1), help='default: 128, with mlp 256')
     add('--lr', type=number(0), help='highest learning rate (default: 1e-2, with mlp 1e-3)')
     add('--temperature', type=number(0), default=1.,
@@ -560,7 +541,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f'--n_hidden {args.n_hidden} is not a multiple of {HEADS}')
     if args.temperature != 1 and not args.sample:
         parser.error('--temperature has no meaning without --sample')
-    args.name = parser.run_name('nf_mlp' if arch == 'mlp' else 'nf', args, 'arch', 'temperature')
+    args.name = parser.run_name('nf_mlp' if arch == 'mlp' else 'nf', args, 'arch')
     return args
 
 
@@ -572,9 +553,8 @@ def make_model(args: argparse.Namespace) -> Model:
 
 
 def make_optimizers(model: Model, lr: float) -> list[torch.optim.Optimizer]:
-    """Adam; and for the linear layers of an autoregressive flow Muon, which learns much faster, by
-    updates whose singular values are all alike (Jordan et al., Muon: An Optimizer for Hidden
-    Layers in Neural Networks, 2024)."""
+    """Adam; for linear layers of an autoregressive flow Muon (Jordan et al., Muon: An Optimizer
+    for Hidden Layers in Neural Networks, 2024), whose updates have singular values all alike."""
     matrices = [layer.weight for layer in model.flow.modules() if isinstance(layer, nn.Linear)
                 and isinstance(model.flow, AutoregressiveFlow)]
     others = [weight for weight in model.parameters() if weight not in set(matrices)]
@@ -595,9 +575,9 @@ def main(args: argparse.Namespace) -> None:
     schedules = [torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate((step + 1) / (steps + 1)))
         for optimizer in optimizers]
-    parts = {'optimizer': optimizers, 'schedule': schedules}
-    run = runs.Run(main, args, train.source, device, {'model': model} | {
-        f'{name}{i}': part for name, several in parts.items() for i, part in enumerate(several)})
+    parts = {f'optimizer{i}': optimizer for i, optimizer in enumerate(optimizers)}
+    parts |= {f'schedule{i}': schedule for i, schedule in enumerate(schedules)}
+    run = runs.Run(main, args, train.source, device, {'model': model} | parts)
 
     if args.sample:
         run.load('arch', 'n_hidden', 'n_layers', 'plan', 'n_flows')

@@ -101,6 +101,7 @@ def test_slopes_are_those_of_autograd_and_the_maps_inverse_to_each_other(there, 
 
 def test_rounding_moves_nothing_out_of_its_bin():
     log_p = (9 * random(100, 1, 9)).float().log_softmax(-1)  # many are less than a digit of 1
+    log_p = log_p.expand(-1, 201, -1)
     latent = torch.linspace(-6, 6, 201).expand(100, -1)
     u = from_latent(latent, log_p, torch.linspace(0.1, 0.9, 10))[0].sigmoid()
     assert (u.diff() >= 0).all() and u.min() > 0.0999 and u.max() < 0.9001
@@ -116,10 +117,11 @@ def test_inside_moves_0_and_1_by_the_last_digit_before_1(dtype):
 def test_extreme_probabilities_and_logits_leave_all_finite_and_the_density_exact(dtype):
     edges = torch.tensor([0, 0.5, 0.75, 1], dtype=dtype)
     z = torch.linspace(-90, 90, 61, dtype=dtype)  # the middle is on an edge
-    for log_p in torch.tensor([[0., -1e3, -1e3], [-1e3, 0., -1e3], [-1e3, -1e3, 0.]], dtype=dtype):
+    for log_p in torch.tensor([[0., -1e3, -1e3], [-1e3, 0., -1e3], [-1e3, -1e3, 0.]], dtype=dtype
+                              )[:, None].expand(-1, 61, -1):
         latent, log_slope = to_latent(z, log_p, edges)
         k = torch.bucketize(z.sigmoid(), edges[1:-1], right=True)
-        expected = log_p[k] - edges.diff().log()[k] + F.logsigmoid(z) + F.logsigmoid(-z)
+        expected = log_p[0, k] - edges.diff().log()[k] + F.logsigmoid(z) + F.logsigmoid(-z)
         torch.testing.assert_close(a3_nf.log_prior(latent) + log_slope, expected)
         for mapped in (latent, *from_latent(z, log_p, edges)):
             assert mapped.isfinite().all()
@@ -525,8 +527,8 @@ def test_a_template_flow_that_learns_nothing_has_curves_of_fixed_noise_and_the_s
 
 @pytest.mark.filterwarnings('error')  # which would be lines on stderr
 def test_divergence_is_one_line_and_status_1_and_draws_nothing(tmp_path, run_here):
-    done = run_here('a3_nf.py', *TINY, '--epochs', 1, '--lr', 1e30, '--results_dir',
-                    tmp_path, '--run', 'one')
+    done = run_here('a3_nf.py', *TINY, '--arch', 'mlp', '--epochs', 1, '--lr', 1e38,
+                    '--results_dir', tmp_path, '--run', 'one')
     assert done.returncode == 1 and not (tmp_path / 'one' / 'samples_epoch01.png').exists()
     assert re.fullmatch('.* is (nan|inf) after epoch 1; .*is of epoch 0\n', done.stderr)
 
