@@ -11,6 +11,7 @@ nothing but Python.
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -40,16 +41,13 @@ CHOICES = {
     '--penalty 0': 'no gradient penalty',
     '--max_shift 0': 'no random shifts',
     '--beta1 0.9 --beta2 0.999': r'Adam with $\beta = 0.9, 0.999$',
-    '--n_embedding 0': 'values as numbers, not looked up',
-    '--max_ranks 64': 'each coupling doubles the pixels',
-    '--max_ranks 4': 'couplings of four ranks, not 16',
-    '--n_hidden 32': '32 channels, not 64',
-    '--n_layers 0': 'no residual layer',
-    '--max_ranks 8 --n_layers 2': 'eight ranks, two residual layers',
+    '--plan 0': "no plan: the detail's network draws all",
+    '--n_layers 1': 'one layer in the transformer of the plan, not four',
+    '--n_hidden 64': 'half the width of the plan, 64',
 }
 COLUMNS = {'val_neg_elbo_nats': 'validation, nats', 'train_neg_elbo_nats': 'training, nats',
            'val_bpd': 'validation, bits', 'train_bpd': 'training, bits',
-           'parameters': 'parameters', 'val_frechet': 'Fréchet distance',
+           'val_frechet': 'Fréchet distance',
            'class_share_min': 'share of rarest class', 'd_real': r'$D(\mathbf{x})$',
            'd_fake': r'$D(G(\mathbf{z}))$'}
 # The columns of the two tables that compare models: the metric, the two lines of its head, and
@@ -138,19 +136,21 @@ def tabular(columns: str, *parts: list[list[str]]) -> list[str]:
 
 
 def ablations(table: str) -> list[str]:
-    """The runs with one choice changed each: what was changed, and the last figures."""
-    _, shared, columns, choices, _ = experiments.ABLATIONS[table]
-    columns += ('parameters',) * (table == 'nf')
+    """The runs with one choice changed each: what was changed, and the last figures, with mean and
+    sample standard deviation where there are several seeds."""
+    _, shared, columns, choices, seeds, _ = experiments.ABLATIONS[table]
     path = RESULTS / f'ablations_{table}.csv'
-    measured = {row['setting']: row for row in read_csv(path)}
-    rows = []
+    measured, rows = read_csv(path), []
     for choice in choices:
-        row = measured.get(f'{shared} {choice}'.strip())
-        if row is None:
-            sys.exit(f'measured.py: error: {path} has no row for {shared} {choice}')
-        cells = [rounded(name, int(row[name]) if name == 'parameters' else float(row[name]))
-                 for name in columns]
-        rows.append([CHOICES[choice], *cells])
+        setting = f'{shared} {choice}'.strip()
+        found = [row for row in measured if row['setting'].partition(' --seed')[0] == setting]
+        if len(found) < len(seeds):
+            sys.exit(f'measured.py: error: {path} has no row for {setting}')
+        values = {name: [float(row[name]) for row in found] for name in columns}
+        rows.append([CHOICES[choice], *(
+            rounded(name, numbers[0]) if len(seeds) == 1
+            else formatted(statistics.mean(numbers), statistics.stdev(numbers))
+            for name, numbers in values.items())])
     return tabular('l' + 'r' * len(columns), [['', *(COLUMNS[name] for name in columns)]], rows)
 
 

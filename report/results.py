@@ -71,10 +71,10 @@ def gather(table: str) -> None:
     """Write `results/ablations_<table>.csv`, a row for each run: its flags and last figures."""
     rows = []
     for job in experiments.ablation_jobs(table):
-        last = read_csv(RESULTS / job.name / 'log.csv')[-1]
         metrics = runs.read_json(RESULTS / job.name / 'metrics.json')
+        figures = metrics | read_csv(RESULTS / job.name / 'log.csv')[-1]
         rows.append({'setting': ' '.join(job.words)}
-                    | {name: float(last[name]) for name in experiments.ABLATIONS[table][2]}
+                    | {name: float(figures[name]) for name in experiments.ABLATIONS[table][2]}
                     | {name: metrics[name] for name in ('train_minutes', 'parameters', 'seed')})
     write_csv(RESULTS / f'ablations_{table}.csv', rows)
 

@@ -339,9 +339,21 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
+def test_the_flow_draws_the_plan_first_and_a_pixel_sees_earlier_ones_only(tmp_path):
+    metrics, _ = drawn('flow_order', folder=tmp_path)
+    _, position, in_plan, *sees = columns(tmp_path / 'flow_order.csv').values()
+    assert sorted(position) == list(range(784)) and (in_plan == (position < 196)).all()
+    assert in_plan.reshape(28, 28)[::2, ::2].all()
+    pixels = 12 * 28 + 14, 14 * 28 + 15
+    for name, pixel, seen in zip(('plan', 'detail'), pixels, sees, strict=True):
+        assert position[seen > 0].max() == position[pixel] - 1
+        assert metrics[f'{name}_pixel_sees'] == seen.sum() > 50
+
+
 def test_a_dry_run_makes_every_figure_offline_and_leaves_no_results(finished):
     assert {path.name for path in finished.iterdir()} == {
         'config.json', 'metrics.json', 'codes_probes.csv', 'monte_carlo_needed.csv',
+        'flow_order.png',
         *(f'{name}.{kind}' for name in FIGURES for kind in ('pdf', 'csv'))}
     metrics = json.loads((finished / 'metrics.json').read_text())
     assert all(any(key.startswith(name) for key in metrics) for name in FIGURES)

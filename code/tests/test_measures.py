@@ -195,7 +195,7 @@ def trained(monkeypatch, classifier) -> list[Loader]:
 @pytest.fixture
 def saved(tmp_path, digits, trained, capsys) -> Path:
     """The folder of a classifier that has just been trained."""
-    folder = tmp_path / 'results' / 'classifier'
+    folder = tmp_path / 'results' / 'classifier_digits'
     load_classifier(folder.parent, digits[0], digits[1])
     assert capsys.readouterr().out.count('\n') == len(trained) == 1
     return folder

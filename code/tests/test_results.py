@@ -197,8 +197,8 @@ def test_a_table_of_ablations_has_the_last_figures_of_its_runs(tmp_path, monkeyp
     results.gather('nf')
     head, first, second, *_ = (tmp_path / 'ablations_nf.csv').read_text().splitlines()
     assert head == 'setting,val_bpd,val_frechet,train_minutes,parameters,seed'
-    assert first == '--epochs 1,0.5,30.0,0,7,42'
-    assert second == '--epochs 1 --seed 43,1.5,30.0,1,7,42'
+    assert first == '--epochs 1,0.5,30,0,7,42'
+    assert second == '--epochs 1 --seed 43,1.5,30,1,7,42'
 
 
 # --- what is committed ---------------------------------------------------------------------------
