@@ -536,7 +536,7 @@ def test_divergence_is_one_line_and_status_1_and_draws_nothing(tmp_path, run_her
 @pytest.mark.parametrize('words, name, parameters', [
     ('', 'nf', 1221024), ('--arch mlp', 'nf_mlp', 18045056),
     ('--arch mlp --seed 43 --n_flows 3 --n_hidden 5', 'nf_mlp_nhidden5_nflows3_seed43', 40194),
-    ('--n_hidden 8 --n_layers 2 --plan 0', 'nf_nhidden8_nlayers2_plan0', 366240)])
+    ('--n_hidden 8 --n_layers 2 --plan 3', 'nf_nhidden8_nlayers2_plan3', 307512)])
 def test_arguments_make_a_name_and_a_flow_of_so_many_parameters(words, name, parameters):
     args = a3_nf.parse_args(words.split())
     assert args.name == name
@@ -548,6 +548,7 @@ def test_arguments_make_a_name_and_a_flow_of_so_many_parameters(words, name, par
     ('--arch mlp --plan 5', '--plan has no meaning with --arch mlp'),
     ('--n_flows 5', '--n_flows has no meaning with --arch autoregressive'),
     ('--n_hidden 6', '--n_hidden 6 is not a multiple of 4'),
+    ('--plan 0 --n_layers 2', '--n_hidden and --n_layers have no meaning with --plan 0'),
     ('--temperature 0.5', '--temperature has no meaning without --sample')])
 def test_flags_that_mean_nothing_here_are_one_line(run_here, words, message):
     assert_one_line(run_here('a3_nf.py', *words.split()), message)
