@@ -42,7 +42,6 @@ CHOICES = {
     '--max_shift 0': 'no random shifts',
     '--beta1 0.9 --beta2 0.999': r'Adam with $\beta = 0.9, 0.999$',
     '--plan 0': "no plan: the detail's small network draws all",
-    '--n_layers 1': "one layer in the plan's transformer, not four",
 }
 COLUMNS = {'val_neg_elbo_nats': 'validation, nats', 'train_neg_elbo_nats': 'training, nats',
            'val_bpd': 'validation, bits', 'train_bpd': 'training, bits',
