@@ -516,7 +516,7 @@ def build_parser() -> Parser:
     add('--n_layers', type=whole_number(0, 1000),
         help="autoregressive: layers of the plan's transformer (default: 4)")
     add('--plan', type=whole_number(0, CELL ** 2),
-        help='autoregressive: pixels of each cell of 16 that come first (default: 4)')
+        help='autoregressive: pixels of each cell of 16 that come first, or 0 (default: 4)')
     add('--max_shift', type=whole_number(0), choices=(0, 1, 2),
         help='most pixels by which images are moved, until the last fifth of the epochs (default: '
              '1, with mlp 0)')
