@@ -64,7 +64,7 @@ ABLATIONS = {
             ('', '--arch mlp', '--average 0', '--penalty 0', '--max_shift 0',
              '--beta1 0.9 --beta2 0.999', '--precision fp32'), (42,), 2),
     'nf': ('a3_nf.py', '--epochs 1', ('val_bpd', 'val_frechet'),
-           ('', '--plan 0'), (42, 43, 44), 4),
+           ('', '--plan 0', '--n_layers 1', '--n_hidden 64'), (42, 43, 44), 4),
 }
 FIGURES = [Job('evidence', 'a3_evidence.py', 10), Job('compare', 'a3_compare.py', 6)]
 # The models that are compared, each with the runs of all its seeds, and their names in tables.

@@ -42,6 +42,8 @@ CHOICES = {
     '--max_shift 0': 'no random shifts',
     '--beta1 0.9 --beta2 0.999': r'Adam with $\beta = 0.9, 0.999$',
     '--plan 0': "no plan: the detail's small network draws all",
+    '--n_layers 1': "one layer in the plan's network, not four",
+    '--n_hidden 64': "width 64 of the plan's network, not 128",
 }
 COLUMNS = {'val_neg_elbo_nats': 'validation, nats', 'train_neg_elbo_nats': 'training, nats',
            'val_bpd': 'validation, bits', 'train_bpd': 'training, bits',
