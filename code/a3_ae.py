@@ -23,11 +23,12 @@ import time
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import OneCycleLR
 
+import a3_vae
+import figures
 import runs
-from a3_vae import (EVAL_BATCH, Decoder, Encoder, bernoulli_log_likelihood, epoch_iter,
-                    learning_rate, run_epoch, save_elbo_plot, save_images, save_reconstructions)
+from a3_vae import EVAL_BATCH, epoch_iter, run_epoch, save_elbo_plot, save_reconstructions
 from command_line import Parser, launch, number, whole_number
 from datasets.bmnist import bmnist
 
@@ -40,22 +41,20 @@ def corrupt(images: Tensor, share: float) -> Tensor:
 
 
 class AutoEncoder(nn.Module):
-    """The VAE's encoder, used for its mean alone, and the VAE's decoder.
+    """A VAE's untrained encoder, used for its mean alone, and its decoder.
 
     In training a `share` of the pixels is hidden from the encoder, none in a plain autoencoder.
     """
 
-    def __init__(self, hidden_dim: int = 500, z_dim: int = 20, share: float = 0.):
+    def __init__(self, vae: a3_vae.VAE, share: float = 0.):
         super().__init__()
-        self.z_dim, self.share = z_dim, share
-        skip = z_dim >= 5  # as in the VAE
-        self.encoder = Encoder(hidden_dim, z_dim, skip=skip)
-        self.decoder = Decoder(hidden_dim, z_dim, skip=skip)
+        self.z_dim, self.share = vae.z_dim, share
+        self.encoder, self.decoder = vae.encoder, vae.decoder
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, 784) in [0, 1] to the average −log p(x|z), in nats."""
         code, _ = self.encoder(corrupt(input, self.share) if self.training else input)
-        return -bernoulli_log_likelihood(input, self.decoder.logits(code)).mean()
+        return -self.decoder.log_likelihood(input, code).mean()
 
 
 # --- figures -------------------------------------------------------------------------------------
@@ -78,9 +77,9 @@ def build_parser() -> Parser:
     add('--zdim', type=whole_number(1), default=20, help='size of the code')
     add('--share', type=number(0, 1), default=0.3,
         help='dae: share of the pixels that the encoder sees as 0')
-    add('--hidden_dim', type=whole_number(1), default=512, help='units of each hidden layer')
+    add('--hidden_dim', type=whole_number(1), help="units of each layer (default: the VAE's)")
     add('--batch_size', type=whole_number(1), default=128)
-    add('--lr', type=number(0), default=1.5e-3, help='highest learning rate')
+    add('--lr', type=number(0), help="highest learning rate (default: the VAE's)")
     parser.add_shared_arguments()
     return parser
 
@@ -91,12 +90,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.model == 'ae' and args.share != parser.get_default('share'):
         parser.error('--share has no meaning with --model ae')
     args.name = parser.run_name(f'{args.model}_z{args.zdim}', args, 'model', 'zdim')
+    vae = a3_vae.parse_args([f'--zdim={args.zdim}'])
+    args.hidden_dim, args.lr = args.hidden_dim or vae.hidden_dim, args.lr or vae.lr
     return args
 
 
 def make_model(args: argparse.Namespace) -> AutoEncoder:
     """The untrained autoencoder that these arguments ask for."""
-    return AutoEncoder(args.hidden_dim, args.zdim, args.share if args.model == 'dae' else 0.)
+    vae = a3_vae.parse_args([f'--zdim={args.zdim}', f'--hidden_dim={args.hidden_dim}'])
+    return AutoEncoder(a3_vae.make_model(vae), args.share if args.model == 'dae' else 0.)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -107,15 +109,15 @@ def main(args: argparse.Namespace) -> None:
     runs.seed_all(args.seed, 'weights')
     model = make_model(args).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    steps = args.epochs * len(train) + 1
-    schedule = LambdaLR(optimizer, lambda step: learning_rate((step + 1) / steps))
+    schedule = OneCycleLR(optimizer, args.lr, args.epochs * len(train) + 1, pct_start=0.1,
+                          cycle_momentum=False)  # as the VAE's
     run = runs.Run(main, args, train.source, device,
                    {'model': model, 'optimizer': optimizer, 'schedule': schedule})
 
     if args.sample:
         run.load('model', 'zdim', 'hidden_dim')
         runs.seed_all(args.seed, f'{args.sample} samples')
-        save_images(run.path('sample.png'), decodings(model, args.sample))
+        figures.save_grid(run.path('sample.png'), decodings(model, args.sample))
         print(run.path('sample.png'))
         return
     if not run.begin(len(train)):
@@ -132,7 +134,7 @@ def main(args: argparse.Namespace) -> None:
 
     model.eval()  # a run resumed after its last epoch has not been here
     runs.seed_all(args.seed, 'samples')
-    save_images(run.path('decodings.png'), decodings(model, 25))
+    figures.save_grid(run.path('decodings.png'), decodings(model, 25))
     hide = (lambda images: corrupt(images, model.share)) if args.model == 'dae' else None
     save_reconstructions(model, test.images.float(), run, hide)
     save_elbo_plot([row['train_reconstruction_nats'] for row in run.rows],

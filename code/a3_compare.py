@@ -93,7 +93,7 @@ def flow_sampler(model: a3_nf.Model) -> Callable[[int], Tensor]:
 def vae_errors(model: a3_vae.VAE, grey: Tensor, bits: Tensor) -> Tensor:
     """The errors of the mean image of the mean code, on images as the model is trained on them."""
     is_grey = isinstance(model.decoder, a3_vae.GaussianDecoder)
-    [x] = a3_vae.prepared([(grey, None)] if is_grey else [bits], grey=is_grey)
+    x = grey / 255 if is_grey else bits
     return model.decoder(model.encoder(x)[0]) - x
 
 
@@ -297,7 +297,7 @@ def main(args: argparse.Namespace) -> None:
             content = b'{}' if args.dry_run else (
                 args.results_dir / run / 'metrics.json').read_bytes()
             trained, digests[run] = json.loads(content), hashlib.sha256(content).hexdigest()
-            bpd = trained.get('test_bpd', trained.get('test_nll_bpd'))
+            bpd = trained.get('test_bpd', trained.get('test_neg_elbo_bpd'))
             runs.seed_all(args.seed, f'compared {run}')
             images, rate = draw(kind.sampler(network), n)
             with torch.no_grad():

@@ -284,7 +284,7 @@ def watched(real: Loader, averaged: Generator, z: Tensor, interval: int, epoch: 
         if len(images) > 1:  # batch statistics need two
             yield images
         if n % interval == 0:
-            save_images(run.path('samples_latest.png'), sample(averaged, z), columns=5)
+            figures.save_grid(run.path('samples_latest.png'), sample(averaged, z))
 
 
 def warn(row: dict) -> None:
@@ -313,11 +313,6 @@ def save_loss_plot(rows: list[dict], filename: Path) -> None:
          'references': {'½': 0.5}}])
 
 
-def save_images(filename: Path, images: Tensor, columns: int) -> None:
-    """Rows of 784 pixels in [0, 1], as a grid of images; NaN, which ends a run, is black."""
-    figures.save_grid(filename, images.nan_to_num().view(-1, 28, 28).cpu().numpy(), columns)
-
-
 def save_interpolations(averaged: Generator, classifier: measures.DigitClassifier, z: Tensor,
                         run: runs.Run) -> list[int]:
     """Rows of nine images, from a sample of one class to one of another, by `spherical_path`; the
@@ -334,8 +329,8 @@ def save_interpolations(averaged: Generator, classifier: measures.DigitClassifie
     paths = torch.stack([spherical_path(start, end, steps=7)
                          for start, end in zip(surest[::2], surest[1::2], strict=False)])
     images = sample(averaged, paths.flatten(0, 1))  # row by row
-    save_images(run.path('interpolation.png'), images[:9], columns=9)
-    save_images(run.path('interpolations.png'), images, columns=9)
+    figures.save_grid(run.path('interpolation.png'), images[:9], columns=9)
+    figures.save_grid(run.path('interpolations.png'), images, columns=9)
     classes = classifier.look_at(images)[1].argmax(1).tolist()
     write_csv(run.path('interpolations.csv'), [
         {'row': i // 9, 'step': i % 9, 'classified_as': c} for i, c in enumerate(classes)])
@@ -404,8 +399,7 @@ def main(args: argparse.Namespace) -> None:
     if args.sample:
         run.load('latent_dim', 'arch')
         z = noise(args, args.sample, 'samples', device)
-        columns = math.ceil(math.sqrt(args.sample))
-        save_images(run.path('sample.png'), sample(averaged, z), columns)
+        figures.save_grid(run.path('sample.png'), sample(averaged, z))
         print(run.path('sample.png'))
         return
     if not run.begin(len(real)):
@@ -431,7 +425,7 @@ def main(args: argparse.Namespace) -> None:
             row |= {'val_frechet': glance['frechet'], 'class_share_min': glance['class_share_min']}
         row['seconds'] = time.perf_counter() - start
         if epoch in snapshots:
-            save_images(run.path(f'samples_epoch{epoch:03d}.png'), sample(averaged, few), 5)
+            figures.save_grid(run.path(f'samples_epoch{epoch:03d}.png'), sample(averaged, few))
         run.end_epoch(row)
         warn(row)
 

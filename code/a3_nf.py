@@ -474,10 +474,9 @@ def save_bpd_plot(train_curve: list[float], val_curve: list[float], filename: Pa
          'references': asked if val_curve[-1] > 1.2 else PUBLISHED}])
 
 
-def save_images(filename: Path, images: Tensor, columns: int) -> None:
+def save_images(filename: Path, images: Tensor, columns: int | None = None) -> None:
     """Rows of 784 dequantised pixels, 0 to 256, as a grid of images of whole grey values."""
-    images = images.nan_to_num().clamp(0, 255).floor().view(-1, 28, 28) / 255
-    figures.save_grid(filename, images.cpu().numpy(), columns)
+    figures.save_grid(filename, images.clamp(0, 255).floor() / 255, columns)
 
 
 def save_snapshot(model: Model, run: runs.Run, epoch: int) -> None:
@@ -485,7 +484,7 @@ def save_snapshot(model: Model, run: runs.Run, epoch: int) -> None:
     model.eval()
     for temperature, kind in ((1., 'samples'), (0.7, 'cool')):
         runs.seed_all(run.args.seed, 'samples')
-        save_images(run.path(f'{kind}_epoch{epoch:02d}.png'), model.sample(25, temperature), 5)
+        save_images(run.path(f'{kind}_epoch{epoch:02d}.png'), model.sample(25, temperature))
 
 
 @torch.no_grad()
@@ -584,9 +583,8 @@ def main(args: argparse.Namespace) -> None:
         run.load('arch', 'n_hidden', 'n_layers', 'plan', 'n_flows')
         model.eval()
         runs.seed_all(args.seed, f'{args.sample} samples')
-        columns = math.ceil(math.sqrt(args.sample))
         images = model.sample(args.sample, args.temperature)
-        save_images(run.path('sample.png'), images, columns)
+        save_images(run.path('sample.png'), images)
         print(run.path('sample.png'))
         return
     if not run.begin(len(train)):

@@ -8,15 +8,12 @@ Bayes (ICLR 2014, arXiv:1312.6114), with fully connected networks only.
 Training maximises the bound with one reparametrised sample, z = μ + σ ⊙ ε, ε ~ N(0, I), and the KL
 divergence in closed form. Until the last fifth of the epochs a share of the training images is
 turned, scaled, sheared and moved a little, against overfitting; the images that the curves and the
-final figures rest on never are. At the end log p(x) itself is estimated by importance sampling.
+final figures rest on never are. At the end log p(x) itself is estimated by importance sampling, or
+with two latent dimensions integrated. With `--likelihood gaussian` the images are grey, and a
+pixel is a Gaussian number rounded to one of 256 levels: a probability, whose bound can be compared
+with a flow's in bits per dimension.
 
-With `--likelihood gaussian` the images are grey, with uniform noise added to their 256 levels, and
-x_m ~ N(f(z)_m, s(z)_m²): a density, whose bound can be compared with a flow's in bits per
-dimension.
-
-    python code/a3_vae.py --zdim 20
-    python code/a3_vae.py --zdim 2
-    python code/a3_vae.py --likelihood gaussian
+    python code/a3_vae.py [--zdim 2] [--likelihood gaussian]
 
 Measured on static binarised MNIST, 40 epochs, seed 42, 1,000 importance samples, on two cores of
 an AMD EPYC: `vae_z20`: val_neg_elbo_nats 91.5, test_neg_elbo_nats 90.9, test_nll_nats 87.1,
@@ -33,19 +30,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 import figures
 import runs
 from command_line import Parser, launch, number, whole_number
 from datasets.bmnist import bmnist
 from datasets.mnist import mnist
+from log_ndtr import log_ndtr
+from marginal_likelihood import importance_sampled_log_px, log_px_on_lattice
 
 PIXELS = 28 * 28
+MANY = dict(hidden_dim=384, n_layers=6, skip='yes', augment=0.8, lr=2.5e-3)  # latent dimensions,
+FEW = dict(hidden_dim=512, n_layers=3, skip='no', augment=0.4, lr=3e-3)  # or fewer than 5
 EVAL_BATCH = 1000
 MAX_GRAD_NORM = 200.0  # largest norm of the gradient, usually about 100: a spike can undo epochs
-LOG_STD = (-8., 2.)  # bounds for a Gaussian pixel in [0, 1]; rounding to 1/256 has about −6.8
-IW_ROWS = 4096  # codes decoded at once when log p(x) is estimated, so that the caches suffice
+LOG_STD = (-7., 2.)  # bounds for a Gaussian pixel in [0, 1]; rounding to 1/255 has about −6.8
 
 
 # --- mathematics ---------------------------------------------------------------------------------
@@ -60,17 +61,28 @@ def bernoulli_log_likelihood(x: Tensor, logits: Tensor) -> Tensor:
     return torch.addcmul(logits.abs().sigmoid().log() - logits.relu(), x, logits).sum(-1)
 
 
+def discretised_gaussian_log_likelihood(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log p(x|z) of whole grey values k = 255 x, in nats: what N(μ, σ²) has from k − ½ to k + ½.
+
+    log p = Σ_m log[Φ((k_m + ½ − μ_m)/σ_m) − Φ((k_m − ½ − μ_m)/σ_m)], where 0 and 255 have the
+    tails as well (Salimans et al., PixelCNN++, ICLR 2017, section 2.1, there with logistic
+    functions). Computed from the two tails beyond k, as seen from μ, so that neither logarithm nor
+    gradient is lost to rounding. Shapes: x, mean and std (..., M), in units of 255, to (...).
+    """
+    t, half = (x - mean) / std, 0.5 / 255 / std
+    black, white = (x < 0.5 / 255).to(t), (x > 254.5 / 255).to(t)
+    within = 1 - black - white  # products, as torch.where takes ten times as long
+    near = log_ndtr(half + (black - white - within * t.sign()) * t)
+    ratio = log_ndtr(-half - t.abs()) - near  # of the tails: the far one is within the near one
+    return (near + within * (-ratio.clamp(-80, -1e-6).expm1()).log()).sum(-1)
+
+
 def gaussian_kl(mean: Tensor, std: Tensor) -> Tensor:
     """KL(N(μ, σ²) ‖ N(0, 1)) = ½ Σ_d (σ_d² + μ_d² − 1 − log σ_d²), in nats (paper, appendix B).
 
     Shapes: mean and std (..., D) to (...).
     """
     return 0.5 * (std.square() + mean.square() - 1 - 2 * std.log()).sum(-1)
-
-
-def gaussian_log_density(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log N(z; μ, diag σ²), in nats. Shapes: each (..., D), broadcast together, to (...)."""
-    return -(0.5 * ((z - mean) / std).square() + std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 def manifold_grid(steps: int) -> Tensor:
@@ -106,8 +118,7 @@ class FullyConnected(nn.Module):
 class Encoder(nn.Module):
     """q(z|x): images to the mean and standard deviation of a factored Gaussian."""
 
-    def __init__(self, hidden_dim: int = 500, z_dim: int = 20, n_layers: int = 3,
-                 skip: bool = True):
+    def __init__(self, hidden_dim: int, z_dim: int, n_layers: int, skip: bool):
         super().__init__()
         self.net = FullyConnected(PIXELS, hidden_dim, 2 * z_dim, n_layers, skip)
 
@@ -122,23 +133,18 @@ class Decoder(nn.Module):
 
     n_out = PIXELS
 
-    def __init__(self, hidden_dim: int = 500, z_dim: int = 20, n_layers: int = 3,
-                 skip: bool = True):
+    def __init__(self, hidden_dim: int, z_dim: int, n_layers: int, skip: bool):
         super().__init__()
         self.net = FullyConnected(z_dim, hidden_dim, self.n_out, n_layers, skip)
         nn.init.normal_(self.net.last.weight, std=0.01)  # at first about Bernoulli(½)
 
-    def logits(self, input: Tensor) -> Tensor:
-        """(..., z_dim) to the logits of the means, (..., 784)."""
-        return self.net(input)[..., :PIXELS]  # a GaussianDecoder has more
-
     def forward(self, input: Tensor) -> Tensor:
         """(..., z_dim) to the means, (..., 784) in (0, 1)."""
-        return self.logits(input).sigmoid()
+        return self.net(input).sigmoid()
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x|z) in nats. Shapes: (..., 784) and (..., z_dim), broadcast, to (...)."""
-        return bernoulli_log_likelihood(x, self.logits(z))
+        return bernoulli_log_likelihood(x, self.net(z))
 
     def sample(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """x ~ p(x|z) and its mean: (..., z_dim) to two of (..., 784), in [0, 1]."""
@@ -147,27 +153,35 @@ class Decoder(nn.Module):
 
 
 class GaussianDecoder(Decoder):
-    """p(x|z): codes to the means and standard deviations of 784 Gaussian pixels."""
+    """p(x|z): codes to 784 Gaussian pixels, which are rounded to one of 256 grey levels."""
 
     n_out = 2 * PIXELS
 
     def mean_and_std(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., z_dim) to two of (..., 784), of pixels in [0, 1]."""
-        logits, log_std = self.net(input).chunk(2, dim=-1)
-        return logits.sigmoid(), log_std.clamp(*LOG_STD).exp()
+        """(..., z_dim) to μ and σ before rounding, two of (..., 784); 0 is black, 1 is white."""
+        mean, log_std = self.net(input).chunk(2, dim=-1)
+        return mean, log_std.clamp(*LOG_STD).exp()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., z_dim) to the means after rounding, 255 − Σ_k<255 Φ((k + ½ − μ)/σ), over 255."""
+        mean, std = self.mean_and_std(input)
+        total = torch.zeros_like(mean)
+        for k in range(255):
+            total += torch.erf((mean - (k + 0.5) / 255) / std * math.sqrt(0.5))
+        return 0.5 + total / 510
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        """The log-density of 256 x, as the grey levels are 1 apart. Shapes as for a Decoder."""
-        return gaussian_log_density(x, *self.mean_and_std(z)) - PIXELS * math.log(256)
+        """Like a Decoder's, of grey values divided by 255."""
+        return discretised_gaussian_log_likelihood(x, *self.mean_and_std(z))
 
     def sample(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Like a Decoder's; what falls outside [0, 1] is moved to its nearer end."""
-        means, std = self.mean_and_std(z)
-        return torch.normal(means, std).clamp(0, 1), means
+        """Like a Decoder's."""
+        draws = torch.normal(*self.mean_and_std(z))
+        return (255 * draws).round().clamp(0, 255) / 255, self(z)
 
 
 class VAE(nn.Module):
-    """Encoder, prior and decoder: the lower bound, samples, and log p(x)."""
+    """Encoder, prior and decoder: the lower bound, and samples."""
 
     def __init__(self, hidden_dim: int = 500, z_dim: int = 20, n_layers: int = 3,
                  skip: bool = True, likelihood: str = 'bernoulli'):
@@ -194,27 +208,6 @@ class VAE(nn.Module):
         z = torch.randn(n_samples, self.z_dim, device=next(self.parameters()).device)
         return self.decoder.sample(z)
 
-    @torch.no_grad()
-    def log_px(self, input: Tensor, n_samples: int, bf16: bool = False) -> Tensor:
-        """Importance-sampled log p(x) ≈ log 1/K Σ_k p(x|z_k) p(z_k) / q(z_k|x), z_k ~ q(z|x).
-
-        In expectation a lower bound that rises with K to log p(x) (Burda et al., Importance
-        Weighted Autoencoders, ICLR 2016, theorem 1). Shapes: (B, 784) to (B,), in nats. With
-        `bf16` the decoder computes in bfloat16, which moves the mean by less than 0.02 nats with
-        2, 5, 10 and 20 latent dimensions.
-        """
-        mean, std = self.encoder(input)
-        log_sum = torch.full_like(mean[:, 0], -math.inf)
-        for start in range(0, n_samples, chunk := max(1, IW_ROWS // len(input))):
-            K = min(chunk, n_samples - start)
-            z = mean + std * torch.randn(K, *mean.shape, device=mean.device, dtype=mean.dtype)
-            with torch.autocast(input.device.type, torch.bfloat16, enabled=bf16):
-                log_likelihood = self.decoder.log_likelihood(input, z)
-            log_prior = gaussian_log_density(z, torch.zeros_like(mean), torch.ones_like(std))
-            log_w = log_likelihood + log_prior - gaussian_log_density(z, mean, std)  # (K, B)
-            log_sum = torch.logaddexp(log_sum, log_w.logsumexp(0))
-        return log_sum - math.log(n_samples)
-
 
 # --- training ------------------------------------------------------------------------------------
 
@@ -224,12 +217,11 @@ def augment(images: Tensor, share: float) -> Tensor:
 
     Standard deviations: 5°, 5 %, 5 % and half a pixel. Shape (B, 784).
     """
-    B = len(images)
-    on = torch.rand(B, device=images.device) < share
-    noise = torch.randn(6, B, device=images.device) * on
+    B, device = len(images), images.device
+    noise = torch.randn(6, B, device=device) * (torch.rand(B, device=device) < share)
     angle, shear, wide, high, dx, dy = noise.view(6, B, 1, 1)
     angle, shear, sx, sy = angle * math.radians(5), shear * 0.05, 1 + wide * 0.05, 1 + high * 0.05
-    x = (torch.arange(28, device=images.device) + 0.5) / 14 - 1  # centres of pixels
+    x = (torch.arange(28, device=device) + 0.5) / 14 - 1  # centres of pixels
     y = x.view(28, 1)
     grid = torch.stack([sx * angle.cos() * x + (shear - angle.sin()) * y + dx / 28,
                         angle.sin() * x + sy * angle.cos() * y + dy / 28], -1)
@@ -237,21 +229,18 @@ def augment(images: Tensor, share: float) -> Tensor:
                          align_corners=False).view(B, PIXELS)
 
 
-def prepared(data: Iterable, share: float = 0., grey: bool = False) -> Iterator[Tensor]:
+def prepared(data: Iterable, share: float = 0.) -> Iterator[Tensor]:
     """The batches as the model takes them, (B, 784) in [0, 1], a share of each augmented.
 
-    Binary images are ready. Grey values 0 to 255, which come with their labels, get uniform noise:
-    (x + u) / 256, u ~ U[0, 1), so that their expected log-density is a lower bound on the grey
-    image's log-probability (in float32 the sum may round up to the next whole value).
+    Binary images are ready; grey values 0 to 255 come with their labels.
     """
     for batch in data:
-        images = batch[0] if grey else batch
-        images = augment(images, share) if share else images
-        yield (images + torch.rand_like(images)) / 256 if grey else images
+        images = batch if isinstance(batch, Tensor) else batch[0] / 255
+        yield augment(images, share) if share else images
 
 
 def epoch_iter(model: nn.Module, data: Iterable[Tensor],
-               optimizer: torch.optim.Optimizer | None = None, schedule: LambdaLR | None = None,
+               optimizer: Optimizer | None = None, schedule: LRScheduler | None = None,
                bf16: bool = False) -> float:
     """One pass over batches of images, (B, 784) in [0, 1], with updates in training mode.
 
@@ -277,7 +266,7 @@ def epoch_iter(model: nn.Module, data: Iterable[Tensor],
 
 
 def run_epoch(model: nn.Module, data: tuple[Iterable[Tensor], Iterable[Tensor]],
-              optimizer: torch.optim.Optimizer | None, schedule: LambdaLR | None = None,
+              optimizer: Optimizer | None, schedule: LRScheduler | None = None,
               bf16: bool = False) -> tuple[float | None, float]:
     """Train on the first data set, then evaluate on the second: `epoch_iter` of each, in nats.
 
@@ -291,8 +280,8 @@ def run_epoch(model: nn.Module, data: tuple[Iterable[Tensor], Iterable[Tensor]],
 @torch.no_grad()
 def final_estimates(model: VAE, val: Iterable[Tensor], test: Iterable[Tensor],
                     args: argparse.Namespace) -> dict[str, float]:
-    """The metrics of the trained model: in float32, but for the decoder that estimates log p(x),
-    which uses `args.precision`.
+    """The metrics of the trained model: in float32, but for the decoder that estimates log p(x) by
+    importance sampling, which uses `args.precision`.
 
     `val` and `test` are batches of images, (B, 784) in [0, 1].
     """
@@ -302,24 +291,21 @@ def final_estimates(model: VAE, val: Iterable[Tensor], test: Iterable[Tensor],
     totals, count = torch.zeros(3, dtype=torch.float64), 0
     for images in test:
         log_likelihood, kl = model.elbo_terms(images)
-        log_px = model.log_px(images, args.iw_samples, bf16=args.precision == 'bf16')
+        log_px = (log_px_on_lattice(model, images)
+                  if model.z_dim == 2 and args.likelihood == 'bernoulli' else
+                  importance_sampled_log_px(model, images, args.iw_samples,
+                                            bf16=args.precision == 'bf16'))
         totals += torch.stack([-log_likelihood.sum(), kl.sum(), -log_px.sum()]).cpu()
         count += len(images)
     reconstruction, kl, nll = (totals / count).tolist()
     metrics = {'val_neg_elbo_nats': val_neg_elbo, 'test_neg_elbo_nats': reconstruction + kl,
                'test_reconstruction_nats': reconstruction, 'test_kl_nats': kl,
-               'test_nll_nats': nll}
+               'test_nll_nats': nll, 'iw_samples': args.iw_samples}
     if args.likelihood == 'gaussian':
-        metrics |= {f'test_{name}_bpd': metrics[f'test_{name}_nats'] / (PIXELS * math.log(2))
-                    for name in ('neg_elbo', 'nll')}
-    return metrics | {'iw_samples': args.iw_samples,
-                      'parameters': sum(weight.numel() for weight in model.parameters()),
+        metrics |= {f'{name}_bpd': metrics[f'{name}_nats'] / (PIXELS * math.log(2))
+                    for name in ('val_neg_elbo', 'test_neg_elbo', 'test_nll')}
+    return metrics | {'parameters': sum(weight.numel() for weight in model.parameters()),
                       'test_minutes': (time.perf_counter() - start) / 60}
-
-
-def learning_rate(progress: float) -> float:
-    """One cycle, as a factor: linear from 0 to 1 over the first tenth, then a cosine to 0."""
-    return min(10 * progress, 0.5 + 0.5 * math.cos(math.pi * (progress - 0.1) / 0.9))
 
 
 # --- figures -------------------------------------------------------------------------------------
@@ -329,17 +315,11 @@ def save_elbo_plot(train_curve: list[float], val_curve: list[float], filename: P
                    references: dict[str, float] | None = None,
                    ylabel: str = 'lower bound on log p(x), nats') -> None:
     """The lower bound (not its negative), or what `ylabel` says, from the untrained network on."""
-    curves = {'training': train_curve, 'validation': val_curve}
+    panel = {'ylabel': ylabel, 'curves': {'training': train_curve, 'validation': val_curve}}
     start = max(1, len(val_curve) // 10)
-    panels = [{'ylabel': ylabel, 'curves': curves, 'references': references or {}},
-              {'ylabel': f'the same, from epoch {start}', 'curves': curves, 'start': start}]
-    figures.save_curves(filename, list(range(len(val_curve))), panels)
-
-
-def save_images(filename: Path, images: Tensor, columns: int | None = None, **options) -> None:
-    """Rows of 784 pixels in [0, 1], as a grid of images, square unless `columns` says how wide."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    figures.save_grid(filename, images.view(-1, 28, 28).cpu().numpy(), columns, **options)
+    figures.save_curves(filename, list(range(len(val_curve))), [
+        panel | {'references': references or {}},
+        panel | {'ylabel': f'the same, from epoch {start}', 'start': start}])
 
 
 @torch.no_grad()
@@ -348,10 +328,10 @@ def save_snapshot(model: VAE, run: runs.Run, epoch: int) -> None:
     before, halfway and at the end."""
     runs.seed_all(run.args.seed, 'samples')
     for kind, images in zip(('draws', 'means'), model.sample(25), strict=True):
-        save_images(run.path(f'samples_epoch{epoch:02d}_{kind}.png'), images)
+        figures.save_grid(run.path(f'samples_epoch{epoch:02d}_{kind}.png'), images)
     if model.z_dim == 2 and epoch in (0, round(run.args.epochs / 2), run.args.epochs):
         means = model.decoder(manifold_grid(20).to(run.device))
-        save_images(run.path(f'manifold_epoch{epoch:02d}.png'), means, scale=2, gap=0)
+        figures.save_grid(run.path(f'manifold_epoch{epoch:02d}.png'), means, scale=2, gap=0)
 
 
 @torch.no_grad()
@@ -363,7 +343,7 @@ def save_reconstructions(model: nn.Module, images: Tensor, run: runs.Run,
     rows = [images[::max(1, len(images) // 10)][:10]]  # the distributed files are sorted by class
     rows += [hide(rows[0])] if hide else []
     rows += [model.decoder(model.encoder(rows[-1])[0])]
-    save_images(run.path('reconstructions.png'), torch.cat(rows), len(rows[0]))
+    figures.save_grid(run.path('reconstructions.png'), torch.cat(rows), len(rows[0]))
 
 
 # --- the run -------------------------------------------------------------------------------------
@@ -371,20 +351,20 @@ def save_reconstructions(model: nn.Module, images: Tensor, run: runs.Run,
 
 def build_parser() -> Parser:
     parser = Parser(__doc__)
-    add = parser.add_argument
+    add, usual = parser.add_argument, [
+        f' (default: {many}, but {few} with fewer than 5 latent dimensions)'
+        for many, few in zip(MANY.values(), FEW.values(), strict=True)]
     add('--epochs', type=whole_number(1), default=40, help='passes over the training images')
     add('--zdim', type=whole_number(1), default=20, help='number of latent dimensions')
-    add('--hidden_dim', type=whole_number(1), default=512, help='units of each hidden layer')
-    add('--n_layers', type=whole_number(1, 1000), default=3, help='hidden layers of each network')
-    add('--skip', choices=('yes', 'no'), help='residual connections around the hidden layers '
-        '(default: yes, but no with fewer than 5 latent dimensions)')
+    add('--hidden_dim', type=whole_number(1), help='units of each hidden layer' + usual[0])
+    add('--n_layers', type=whole_number(1, 1000), help='hidden layers of each network' + usual[1])
+    add('--skip', choices=('yes', 'no'), help='residual connections in the networks' + usual[2])
     add('--augment', type=number(0, 1), help='share of the training images turned, scaled and '
-        'moved a little, until the last fifth of the epochs (default: 0.8, but 0.4 with fewer '
-        'than 5 latent dimensions)')
+        'moved a little, until the last fifth of the epochs' + usual[3])
     add('--likelihood', choices=('bernoulli', 'gaussian'), default='bernoulli',
         help='bernoulli trains on binarised MNIST, gaussian on grey MNIST')
     add('--batch_size', type=whole_number(1), default=128, help='images in a step')
-    add('--lr', type=number(0), default=1.5e-3, help='highest learning rate')
+    add('--lr', type=number(0), help='highest learning rate' + usual[4])
     add('--iw_samples', type=whole_number(1), default=1000,
         help='importance samples for log p(x) of each test image')
     parser.add_shared_arguments()
@@ -396,9 +376,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     grey = 'gaussian_' * (args.likelihood == 'gaussian')
     args.name = parser.run_name(f'vae_{grey}z{args.zdim}', args, 'zdim', 'likelihood')
-    few = args.zdim < 5  # too few to encode slant and size too, and the decoder must bend more
-    args.skip = args.skip or ('no' if few else 'yes')
-    args.augment = args.augment if args.augment is not None else 0.4 if few else 0.8
+    for name, value in (FEW if args.zdim < 5 else MANY).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 
@@ -417,9 +397,9 @@ def main(args: argparse.Namespace) -> None:
 
     runs.seed_all(args.seed, 'weights')
     model = make_model(args).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    steps = args.epochs * len(train) + 1
-    schedule = LambdaLR(optimizer, lambda step: learning_rate((step + 1) / steps))
+    optimizer = Adam(model.parameters(), lr=args.lr, fused=True)
+    schedule = OneCycleLR(optimizer, args.lr, args.epochs * len(train) + 1, pct_start=0.1,
+                          cycle_momentum=False)  # up for a tenth of the steps, then down to 0
     run = runs.Run(main, args, train.source, device,
                    {'model': model, 'optimizer': optimizer, 'schedule': schedule})
 
@@ -427,7 +407,7 @@ def main(args: argparse.Namespace) -> None:
         run.load('zdim', 'hidden_dim', 'n_layers', 'skip', 'likelihood')
         runs.seed_all(args.seed, f'{args.sample} samples')
         for kind, images in zip(('draws', 'means'), model.sample(args.sample), strict=True):
-            save_images(run.path(f'sample_{kind}.png'), images)
+            figures.save_grid(run.path(f'sample_{kind}.png'), images)
             print(run.path(f'sample_{kind}.png'))
         return
     if not run.begin(len(train)):  # resumes, or clears the folder; False if this run is finished
@@ -436,9 +416,9 @@ def main(args: argparse.Namespace) -> None:
     for epoch in run.epochs():  # from 0, the untrained network, each with a seed of its own
         start = time.perf_counter()
         share = args.augment if 0 < epoch <= 0.8 * args.epochs else 0.0
-        data = prepared(run.track(train), share, grey), prepared(val, grey=grey)
+        data = prepared(run.track(train), share), prepared(val)
         running, val_loss = run_epoch(model, data, optimizer if epoch else None, schedule, bf16)
-        train_loss = epoch_iter(model, prepared(curve_train, grey=grey), bf16=bf16)
+        train_loss = epoch_iter(model, prepared(curve_train), bf16=bf16)
         row = {'epoch': epoch, 'train_neg_elbo_nats': train_loss, 'val_neg_elbo_nats': val_loss,
                'running_neg_elbo_nats': running, 'seconds': time.perf_counter() - start}
         run.check_finite(row)  # before NaN is drawn
@@ -447,11 +427,11 @@ def main(args: argparse.Namespace) -> None:
         run.end_epoch(row)
 
     model.eval()  # a run resumed after its last epoch has not been here
-    save_reconstructions(model, test.images / (256 if grey else 1), run)
+    save_reconstructions(model, test.images / (255 if grey else 1), run)
     save_elbo_plot([-row['train_neg_elbo_nats'] for row in run.rows],
                    [-row['val_neg_elbo_nats'] for row in run.rows], run.path('elbo.pdf'),
                    {} if grey else {'784 · log ½': -PIXELS * math.log(2)})
-    run.finish(final_estimates(model, prepared(val, grey=grey), prepared(test, grey=grey), args))
+    run.finish(final_estimates(model, prepared(val), prepared(test), args))
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
+from torch import Tensor
 
 from files import atomic, write_csv
 
@@ -68,19 +69,21 @@ def save_curves(filename: Path | str, x: list[float], panels: list[dict],
               [dict(zip(columns, row, strict=True)) for row in rows])
 
 
-def save_grid(filename: Path | str, images: np.ndarray, columns: int, scale: int = 3,
+def save_grid(filename: Path | str, images: Tensor, columns: int | None = None, scale: int = 3,
               gap: int = 1) -> None:
-    """Save images (N, H, W) in [0, 1], row by row, as PNG, with grey lines between them.
+    """Save images (N, 784) in [0, 1], row by row, as PNG, with grey lines between them.
 
     Each pixel becomes a square of `scale` × `scale` pixels, so that the file holds the exact
-    numbers; a line is `gap` of these squares wide. The last row may be short.
+    numbers; a line is `gap` of these squares wide. The grid is square unless `columns` says how
+    wide; its last row may be short. NaN is black.
     """
-    N, H, W = images.shape
-    rows = math.ceil(N / columns)
-    grid = np.full((rows * (H + gap) - gap, columns * (W + gap) - gap), 0.75, dtype=np.float32)
+    images = images.nan_to_num().view(-1, 28, 28).cpu().numpy()
+    columns, step = columns or math.ceil(math.sqrt(len(images))), 28 + gap
+    rows = math.ceil(len(images) / columns)
+    grid = np.full((rows * step - gap, columns * step - gap), 0.75, dtype=np.float32)
     for i, image in enumerate(images):
-        top, left = i // columns * (H + gap), i % columns * (W + gap)
-        grid[top:top + H, left:left + W] = image
+        top, left = i // columns * step, i % columns * step
+        grid[top:top + 28, left:left + 28] = image
     grey = (grid.clip(0, 1) * 255).round().astype(np.uint8).repeat(scale, 0).repeat(scale, 1)
     with atomic(filename) as file:  # as RGB, since matplotlib's grey scale does not keep all greys
         imsave(file, np.stack([grey] * 3, axis=-1), format='png', pil_kwargs={'optimize': True})

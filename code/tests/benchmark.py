@@ -49,7 +49,8 @@ def adam(model: nn.Module, fused: bool) -> torch.optim.Adam:
 
 
 def train_vae(bf16: bool, fused: bool, template: bool) -> Train:
-    model = a3_vae.VAE(500, 20, n_layers=1, skip=False) if template else a3_vae.VAE(512)
+    model = (a3_vae.VAE(500, 20, n_layers=1, skip=False) if template else
+             a3_vae.make_model(a3_vae.parse_args([])))
     optimizer, share = adam(model, fused), 0. if template else 0.8
 
     def train(batches: Iterable) -> None:

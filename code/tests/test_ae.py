@@ -27,7 +27,7 @@ TWO = (*TINY, '--model', 'dae', '--zdim', 2, '--precision', 'fp32', '--epochs', 
 def reconstruction_error(model: AutoEncoder, seen: Tensor, images: Tensor) -> Tensor:
     """−log p(x|z) of each image, z the first half of what the encoder says of what it saw."""
     code = model.encoder.net(2 * seen - 1)[:, :model.z_dim]
-    pixels = distributions.Bernoulli(logits=model.decoder.logits(code))
+    pixels = distributions.Bernoulli(logits=model.decoder.net(code))
     return -pixels.log_prob(images).sum(-1)
 
 
@@ -42,7 +42,7 @@ def test_corruption_sets_that_share_of_the_pixels_to_0_each_on_its_own():
 
 
 def test_the_encoder_sees_less_than_is_to_be_reconstructed_but_in_training_alone():
-    model = randomised(AutoEncoder(hidden_dim=16, z_dim=3, share=0.3), 1.)
+    model = randomised(AutoEncoder(a3_vae.VAE(16, 3), share=0.3), 1.)
     x, seen = bits(200, PIXELS), []
     model.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     torch.manual_seed(1)
@@ -57,7 +57,7 @@ def test_the_encoder_sees_less_than_is_to_be_reconstructed_but_in_training_alone
 
 
 def test_codes_to_be_decoded_are_drawn_as_if_from_the_prior_of_a_vae():
-    model = AutoEncoder(hidden_dim=16, z_dim=2)
+    model = AutoEncoder(a3_vae.VAE(16, 2))
     model.decoder = nn.Identity()
     torch.manual_seed(1)
     codes = a3_ae.decodings(model, 5000)
