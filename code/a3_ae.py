@@ -108,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
 
     runs.seed_all(args.seed, 'weights')
     model = make_model(args).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     schedule = OneCycleLR(optimizer, args.lr, args.epochs * len(train) + 1, pct_start=0.1,
                           cycle_momentum=False)  # as the VAE's
     run = runs.Run(main, args, train.source, device,
