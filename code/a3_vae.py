@@ -45,7 +45,7 @@ PIXELS = 28 * 28
 # Defaults with 5 latent dimensions or more; and with fewer, which cannot hold slant and size too,
 # so that augmented images tell less, and whose decoder must bend more.
 MANY = dict(hidden_dim=384, n_layers=5, skip='yes', augment=0.8, lr=2.5e-3, weight_decay=0.2)
-FEW = dict(hidden_dim=512, n_layers=3, skip='no', augment=0.4, lr=3e-3, weight_decay=0.1)
+FEW = dict(hidden_dim=512, n_layers=3, skip='no', augment=0.4, lr=1.5e-3, weight_decay=0.)
 EVAL_BATCH = 1000
 MAX_GRAD_NORM = 200.0  # largest norm of the gradient, usually about 100: a spike can undo epochs
 LOG_STD = (-7., 2.)  # bounds for a Gaussian pixel in [0, 1]; rounding to 1/255 has about −6.8
