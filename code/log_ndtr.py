@@ -1,4 +1,4 @@
-"""log Φ, as `torch.special.log_ndtr`, on every device and in a sixth of its time."""
+"""log Φ, as `torch.special.log_ndtr`, of operations that every device has."""
 
 import math
 

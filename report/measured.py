@@ -57,7 +57,7 @@ QUALITY = [('frechet', r"Fr\'echet", '', 1), ('inception_score', 'inception', ''
            ('recall', 'recall', r'\%', 100), ('density', 'density', '', 1),
            ('coverage', 'coverage', r'\%', 100)]
 FURTHER = [('nearest_train_median', 'nearest', '', 1), ('near_copy_share', 'copies', r'\%', 100),
-           ('test_nll_nats', r'$-\log p$', 'nats', 1), ('test_bpd', 'bound', 'bits/dim', 1),
+           ('test_nll_nats', r'$-\log p$', 'nats', 1), ('test_bpd', r'$-\log p$', 'bits/dim', 1),
            ('reconstruction_rms', 'decoding', 'rms', 1), ('parameters', 'weights', '$10^6$', 1e-6),
            ('train_minutes', 'training', 'min', 1), ('images_per_second', 'sampling', '1/s', 1)]
 LATENT_SIZES = ['$J$', r'val.\ $-$ELBO', r'test $-$ELBO', 'reconstruction', 'KL',

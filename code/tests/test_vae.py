@@ -403,7 +403,8 @@ def test_augmentation_the_rate_and_the_manifold_follow_the_epochs(finished):
     assert [share for share, _ in finished[1] if share] == [0.4] * 4  # none in the last fifth
     parts = torch.load(finished[0] / 'checkpoint.pt', weights_only=True)['parts']
     assert parts['schedule']['last_epoch'] == 5 * 600 / 50
-    assert parts['optimizer']['param_groups'][0]['lr'] == pytest.approx(0, abs=1e-6)
+    [group] = parts['optimizer']['param_groups']
+    assert group['lr'] == pytest.approx(0, abs=1e-6) and group['weight_decay'] == 0
     assert {path.name for path in finished[0].glob('manifold*')} == {
         'manifold_epoch00.png', 'manifold_epoch02.png', 'manifold_epoch05.png'}
 
