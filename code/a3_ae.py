@@ -25,12 +25,13 @@ import time
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR
 
 import a3_vae
 import figures
 import runs
-from a3_vae import EVAL_BATCH, epoch_iter, run_epoch, save_elbo_plot, save_reconstructions
+from a3_vae import (EVAL_BATCH, epoch_iter, learning_rate, run_epoch, save_elbo_plot,
+                    save_reconstructions)
 from command_line import Parser, launch, number, whole_number
 from datasets.bmnist import bmnist
 
@@ -112,8 +113,8 @@ def main(args: argparse.Namespace) -> None:
     runs.seed_all(args.seed, 'weights')
     model = make_model(args).to(device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-    schedule = OneCycleLR(optimizer, args.lr, args.epochs * len(train) + 1, pct_start=0.1,
-                          cycle_momentum=False)  # as the VAE's
+    steps = args.epochs * len(train)
+    schedule = LambdaLR(optimizer, lambda step: learning_rate((step + 1) / (steps + 1)))
     run = runs.Run(main, args, train.source, device,
                    {'model': model, 'optimizer': optimizer, 'schedule': schedule})
 
