@@ -6,9 +6,9 @@
 The second is the denoising autoencoder of Vincent et al., Extracting and Composing Robust Features
 with Denoising Autoencoders (ICML 2008). Neither loss says anything about where the codes lie, so
 there is no distribution to draw z from, and no likelihood of an image. The figures still show what
-the decoders make of z ~ N(0, I), as if they were VAEs, beside reconstructions. Everything but the
-model is the VAE's: the networks, the training loop, the schedule, the data, but the images are
-never augmented, and the weights do not decay.
+the decoders make of z ~ N(0, I), as if they were VAEs, beside reconstructions. The networks,
+training loop, schedule and data are the VAE's, but images are never augmented and weights never
+decay.
 
     python code/a3_ae.py --model ae
     python code/a3_ae.py --model dae
@@ -39,7 +39,7 @@ from datasets.bmnist import bmnist
 
 
 def corrupt(images: Tensor, share: float) -> Tensor:
-    """Each pixel is set to 0 with that probability (Vincent et al., section 2.3). Any shape."""
+    """Each pixel is set to 0 with that probability (after Vincent et al.). Any shape."""
     return images * (torch.rand_like(images) >= share)
 
 
@@ -89,13 +89,12 @@ def build_parser() -> Parser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
+    vae = a3_vae.parse_args([f'--zdim={parser.parse_args(argv).zdim}'])
+    parser.set_defaults(hidden_dim=vae.hidden_dim, lr=vae.lr)
     args = parser.parse_args(argv)
     if args.model == 'ae' and args.share != parser.get_default('share'):
         parser.error('--share has no meaning with --model ae')
     args.name = parser.run_name(f'{args.model}_z{args.zdim}', args, 'model', 'zdim')
-    vae = a3_vae.parse_args([f'--zdim={args.zdim}'])
-    args.hidden_dim = args.hidden_dim or vae.hidden_dim
-    args.lr = vae.lr if args.lr is None else args.lr
     return args
 
 

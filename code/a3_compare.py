@@ -92,7 +92,7 @@ def flow_sampler(model: a3_nf.Model) -> Callable[[int], Tensor]:
 
 def vae_errors(model: a3_vae.VAE, grey: Tensor, bits: Tensor) -> Tensor:
     """The errors of the mean image of the mean code, on images as the model is trained on them."""
-    is_grey = isinstance(model.decoder, a3_vae.GaussianDecoder)
+    is_grey = isinstance(model.decoder, a3_vae.LogisticDecoder)
     x = grey / 255 if is_grey else bits
     return model.decoder(model.encoder(x)[0]) - x
 

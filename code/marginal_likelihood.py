@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROWS = 4096  # codes decoded at once, so that the caches suffice
+ROWS = 4096  # codes decoded at once, which bounds the memory
 
 
 def gaussian_log_density(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def prior_log_density(z: Tensor) -> Tensor:
 
 def importance_log_weights(vae: nn.Module, x: Tensor, n: int, widths: tuple[float, ...] = (1.,)
                            ) -> Tensor:
-    """log p(x|z_k) p(z_k) / r(z_k), z_k ~ r, whose average of exponentials is p(x) in expectation.
+    """log w_k = log p(x|z_k) p(z_k) / r(z_k), z_k ~ r: the mean of w_k is p(x) in expectation.
 
     The proposal r is an equal mixture of N(μ, (width σ)²), of which q(z|x) has the width 1.
     Shapes: (B, 784) to (n, B).
@@ -65,8 +65,8 @@ def bernoulli_log_likelihoods(vae: nn.Module, x: Tensor, z: Tensor) -> Tensor:
 def log_px_on_lattice(vae: nn.Module, x: Tensor, steps: int = 400) -> Tensor:
     """log ∫ p(x|z) p(z) dz over [−6, 6]², by the trapezoidal rule. Shapes: (B, 784) to (B,).
 
-    For two latent dimensions and Bernoulli pixels. A lattice even in Φ(z) would be too wide in the
-    tails of the prior, where some images have their codes.
+    For two latent dimensions and Bernoulli pixels. A lattice even in Φ(z) would be too coarse in
+    the tails of the prior, where some images have their codes.
     """
     axis = torch.linspace(-6, 6, steps, device=x.device, dtype=x.dtype)
     log_sum = torch.full_like(x[:, 0], -math.inf)

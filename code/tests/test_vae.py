@@ -17,7 +17,7 @@ from torch import Tensor, distributions, nn
 
 import a3_vae
 import figures
-from a3_vae import (PIXELS, VAE, discretised_gaussian_log_likelihood, gaussian_kl, manifold_grid,
+from a3_vae import (PIXELS, VAE, discretised_logistic_log_likelihood, gaussian_kl, manifold_grid,
                     parse_args, prepared)
 from conftest import FEWER_DIGITS
 from datasets import digits
@@ -26,7 +26,7 @@ from helpers import assert_one_line, read_csv
 from marginal_likelihood import (gaussian_log_density, importance_log_weights,
                                  importance_sampled_log_px, log_px_on_lattice)
 
-both_likelihoods = pytest.mark.parametrize('likelihood', ['bernoulli', 'gaussian'])
+both_likelihoods = pytest.mark.parametrize('likelihood', ['bernoulli', 'logistic'])
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -57,12 +57,12 @@ def test_densities_and_divergence_are_those_of_torch_distributions():
     assert a3_vae.bernoulli_log_likelihood(torch.tensor([1.]), extremes).tolist() == [0, -1e4]
 
 
-def exact_log_likelihood(k: int, mean: float, std: float) -> mpmath.mpf:
-    """log p(k) of a grey value, from its definition, with fifty digits."""
+def exact_log_likelihood(k: int, mean: float, scale: float) -> mpmath.mpf:
+    """log p(k) of a grey value, from its definition, with as many digits as mpmath works with."""
     low, high = (-mpmath.inf if k == 0 else k - 0.5), (mpmath.inf if k == 255 else k + 0.5)
-    a, b = sorted(abs((edge - 255 * mpmath.mpf(mean)) / (255 * std)) for edge in (low, high))
-    a = a if (low - 255 * mean) * (high - 255 * mean) > 0 else -a  # the mean is in between
-    return mpmath.log(mpmath.ncdf(-a) - mpmath.ncdf(-b))
+    below, above = (1 / (1 + mpmath.exp((255 * mpmath.mpf(mean) - edge) / (255 * scale)))
+                    for edge in (low, high))
+    return mpmath.log(above - below)
 
 
 def test_grey_levels_have_exact_likelihoods_and_gradients_in_float32():
@@ -71,41 +71,40 @@ def test_grey_levels_have_exact_likelihoods_and_gradients_in_float32():
     k[:80], k[80:160] = 0, 255
     mean = torch.rand(400, generator=generator) * 3 - 1
     mean[::2] = k[::2] / 255 + torch.randn(200, generator=generator) / 100
-    std = (torch.rand(400, generator=generator) * 9 - 7).exp()  # as LOG_STD has it
-    mean.requires_grad_(), std.requires_grad_()
-    pixels = discretised_gaussian_log_likelihood(k[:, None] / 255, mean[:, None], std[:, None])
+    scale = (torch.rand(400, generator=generator) * 9 - 7).exp()  # wider than LOG_SCALE
+    mean.requires_grad_(), scale.requires_grad_()
+    pixels = discretised_logistic_log_likelihood(k[:, None] / 255, mean[:, None], scale[:, None])
     pixels.sum().backward()
-    with mpmath.workdps(50):
-        numbers = list(zip(k.tolist(), mean.tolist(), std.tolist(), strict=True))
+    with mpmath.workdps(2000):
+        numbers = list(zip(k.tolist(), mean.tolist(), scale.tolist(), strict=True))
         exact = [exact_log_likelihood(*row) for row in numbers]
         slopes = [[mpmath.diff(exact_log_likelihood, row, order, h=mpmath.mpf(10) ** -20)
                    for order in ((0, 1, 0), (0, 0, 1))] for row in numbers[::5]]
     torch.testing.assert_close(pixels, torch.tensor([*map(float, exact)]), rtol=1e-4, atol=1e-4)
     expected = torch.tensor([[float(slope) for slope in pair] for pair in slopes])
-    torch.testing.assert_close(torch.stack([mean.grad, std.grad], 1)[::5], expected, rtol=1e-3,
+    torch.testing.assert_close(torch.stack([mean.grad, scale.grad], 1)[::5], expected, rtol=1e-3,
                                atol=1e-3)
 
 
 @pytest.mark.parametrize('x', [0., 100 / 255, 1.])
 @pytest.mark.parametrize('mean', [-1e9, -3., 0., 0.5, 1., 4., 1e9])
-@pytest.mark.parametrize('log_std', a3_vae.LOG_STD)
-def test_no_mean_and_no_deviation_gives_an_infinite_likelihood_or_gradient(x, mean, log_std):
-    mean, log_std = torch.tensor([mean], requires_grad=True), torch.tensor([log_std])
-    log_std.requires_grad_()
-    log_p = discretised_gaussian_log_likelihood(torch.tensor([x]), mean, log_std.exp())
+@pytest.mark.parametrize('log_scale', a3_vae.LOG_SCALE)
+def test_no_mean_and_no_scale_gives_an_infinite_likelihood_or_gradient(x, mean, log_scale):
+    mean, log_scale = (torch.tensor([number], requires_grad=True) for number in (mean, log_scale))
+    log_p = discretised_logistic_log_likelihood(torch.tensor([x]), mean, log_scale.exp())
     log_p.backward()
-    assert log_p.isfinite() and log_p < 1e-5
-    assert mean.grad.isfinite().all() and log_std.grad.isfinite().all()
+    assert log_p.isfinite() and log_p <= 0
+    assert mean.grad.isfinite().all() and log_scale.grad.isfinite().all()
 
 
 def test_the_256_levels_of_a_pixel_share_a_probability_of_one_and_average_to_the_mean():
-    mean, std = random(1, PIXELS) / 2 + 0.5, (3 * random(1, PIXELS, seed=1) - 3).exp()
+    mean, scale = random(1, PIXELS) / 2 + 0.5, (3 * random(1, PIXELS, seed=1) - 3).exp()
     levels = torch.arange(256, dtype=torch.float64) / 255
-    p = torch.stack([discretised_gaussian_log_likelihood(level, mean.T, std.T)
+    p = torch.stack([discretised_logistic_log_likelihood(level, mean.T, scale.T)
                      for level in levels]).exp()
     torch.testing.assert_close(p.sum(0), torch.ones(PIXELS).double(), rtol=0, atol=1e-6)
-    decoder = SimpleNamespace(mean_and_std=lambda z: (mean, std))
-    torch.testing.assert_close(a3_vae.GaussianDecoder.forward(decoder, None)[0], levels @ p,
+    decoder = SimpleNamespace(mean_and_scale=lambda z: (mean, scale))
+    torch.testing.assert_close(a3_vae.LogisticDecoder.forward(decoder, None)[0], levels @ p,
                                rtol=0, atol=1e-6)
 
 
@@ -125,7 +124,7 @@ def randomised(model: nn.Module, std: float) -> nn.Module:
 
 def random_vae(likelihood: str = 'bernoulli') -> VAE:
     """A VAE of random weights whose posterior is neither the prior nor its own q(z|x)."""
-    model = randomised(VAE(hidden_dim=16, z_dim=2, likelihood=likelihood), 0.5)
+    model = randomised(VAE(16, 2, likelihood=likelihood), 0.5)
     model.decoder.net.last.weight.data[PIXELS:] *= 0.1  # the deviations would say much about z
     return model
 
@@ -138,14 +137,15 @@ class Bounds:
         self.model, self.x = random_vae(likelihood), bits(2, PIXELS, seed=5)
         axis = torch.linspace(-12, 12, 81, dtype=torch.float64)
         z, cell = torch.cartesian_prod(axis, axis)[:, None], 0.3 ** 2
-        logits, *log_std = self.model.decoder.net(z).split(PIXELS, dim=-1)
+        logits, *log_scale = self.model.decoder.net(z).split(PIXELS, dim=-1)
         if likelihood == 'bernoulli':
             log_px_z = distributions.Bernoulli(logits=logits).log_prob(self.x).sum(-1)
         else:
             k = (255 * self.x * random(2, PIXELS).sigmoid()).round()
             self.x = k / 255
-            pixels = distributions.Normal(255 * logits, 255 * log_std[0].exp())
-            below, above = pixels.cdf(k - 0.5) * (k > 0), 1 - (1 - pixels.cdf(k + 0.5)) * (k < 255)
+            below, above = (((k + half) / 255 - logits).div(log_scale[0].clamp(
+                *a3_vae.LOG_SCALE).exp()).sigmoid() for half in (-0.5, 0.5))
+            below, above = below * (k > 0), 1 - (1 - above) * (k < 255)
             log_px_z = (above - below).clamp(min=1e-300).log().sum(-1)
         log_q = distributions.Normal(*self.model.encoder(self.x)).log_prob(z).sum(-1)
         log_prior = distributions.Normal(0., 1.).log_prob(z).sum(-1)
@@ -160,7 +160,7 @@ class Bounds:
         return estimate(self.x.repeat(n, 1)).view(n, 2)
 
 
-@pytest.fixture(scope='module', params=['bernoulli', 'gaussian'])
+@pytest.fixture(scope='module', params=['bernoulli', 'logistic'])
 def bounds(request) -> Bounds:
     return Bounds(request.param)
 
@@ -206,11 +206,11 @@ def test_a_hidden_layer_is_silu_and_adds_its_input_where_it_may_be_skipped(skip)
 
 
 @pytest.mark.parametrize('extreme', [-1e6, 1e6])
-def test_deviations_are_positive_and_finite_whatever_the_networks_say(extreme):
-    model, x = VAE(16, 4, likelihood='gaussian'), bits(3, PIXELS, dtype=torch.float32)
+def test_scales_and_deviations_are_positive_and_finite_whatever_the_networks_say(extreme):
+    model, x = VAE(16, 4, likelihood='logistic'), bits(3, PIXELS, dtype=torch.float32)
     nn.init.constant_(model.decoder.net.last.bias, extreme)
-    _, std = model.decoder.mean_and_std(torch.randn(3, 4))
-    assert std.min() > 9e-4 and std.max() < 10
+    _, scale = model.decoder.mean_and_scale(torch.randn(3, 4))
+    assert scale.min() > 9e-4 and scale.max() < 10
     assert all(images.min() >= 0 and images.max() <= 1 for images in model.sample(9))
     assert model(x).isfinite() and importance_log_weights(model, x, 3).isfinite().all()
     nn.init.constant_(model.encoder.net.last.bias, extreme)
@@ -226,31 +226,36 @@ def test_the_likelihood_alone_teaches_every_unit_of_every_layer(likelihood):
             if not parameter.grad.view(len(parameter), -1).any(1).all()] == []
 
 
-def deaf_vae(likelihood: str, means: Tensor, stds: Tensor, code: float = 0.) -> VAE:
-    """A VAE of pixels with these means and deviations, whatever z is, and q(z|x) = N(code, 1)."""
-    model = VAE(hidden_dim=16, z_dim=2, likelihood=likelihood).eval()
+def deaf_vae(likelihood: str, means: Tensor, scales: Tensor, code: float = 0.) -> VAE:
+    """A VAE of pixels with these means and scales, whatever z is, and q(z|x) = N(code, 1)."""
+    model = VAE(16, 2, likelihood=likelihood).eval()
     encoder, decoder = model.encoder.net.last, model.decoder.net.last
     for weight in (encoder.weight, decoder.weight):
         nn.init.zeros_(weight)
     encoder.bias.data = torch.tensor([code, code, 0., 0.])
     decoder.bias.data = (means.logit() if likelihood == 'bernoulli' else
-                         torch.cat([means, stds.log()]))
+                         torch.cat([means, scales.log()]))
     return model
 
 
 @both_likelihoods
 def test_samples_have_the_moments_that_the_decoder_says_for_codes_from_the_prior(likelihood):
-    mean, std, codes = torch.linspace(0.3, 0.7, PIXELS), torch.logspace(-1, -2, PIXELS), []
-    if likelihood == 'bernoulli':
-        std = (mean - mean.square()).sqrt()  # none but bits have as much
-    model = deaf_vae(likelihood, mean, std)
+    mean, scale, codes = torch.linspace(0.3, 0.7, PIXELS), torch.logspace(0, -0.7, PIXELS), []
+    model = deaf_vae(likelihood, mean, scale)
+    var = mean - mean.square()  # of a bit
+    if likelihood == 'logistic':
+        levels = torch.arange(256) / 255
+        p = torch.stack([discretised_logistic_log_likelihood(level, mean[:, None], scale[:, None])
+                         for level in levels]).exp()
+        mean, square = levels @ p, levels.square() @ p
+        var = square - mean.square()
     model.decoder.net.register_forward_pre_hook(lambda _, inputs: codes.append(inputs[0]))
     torch.manual_seed(1)
     draws, means = model.sample(3000)
     torch.testing.assert_close(means, mean.expand(3000, PIXELS), rtol=0, atol=1e-4)
     torch.testing.assert_close(model.decoder(codes[0]), means)
     assert off_by_errors(draws, mean) < 5
-    assert off_by_errors((draws - mean).square(), std.square()) < 5
+    assert off_by_errors((draws - mean).square(), var) < 5
     assert off_by_errors(codes[0], 0.) < 4 and off_by_errors(codes[0].square(), 1.) < 4
 
 
@@ -289,16 +294,16 @@ def test_run_epoch_trains_on_the_first_set_then_evaluates_on_the_second(bf16):
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_final_estimates_are_averages_over_images_worked_by_hand(precision, monkeypatch):
-    grey, std, in_bf16 = 0.375, math.exp(-2.5), []  # of biases that bfloat16 holds exactly
+    grey, scale, in_bf16 = 0.375, math.exp(-1.5), []  # of biases that bfloat16 holds exactly
     means = torch.full([PIXELS], grey)
-    model = deaf_vae('gaussian', means, 0 * means + std, code=1.)  # in 2-D the KL is 1
+    model = deaf_vae('logistic', means, 0 * means + scale, code=1.)  # in 2-D the KL is 1
     monkeypatch.setattr(a3_vae, 'importance_sampled_log_px', lambda model, x, n, bf16: (
         in_bf16.append(bf16) or importance_sampled_log_px(model, x, n, bf16)))
-    args = SimpleNamespace(seed=7, iw_samples=1000, precision=precision, likelihood='gaussian')
-    val, test = batches((3, grey), (1, grey + std)), batches((2, grey), (4, grey + std))
+    args = SimpleNamespace(seed=7, iw_samples=1000, precision=precision, likelihood='logistic')
+    val, test = batches((3, grey), (1, grey + scale)), batches((2, grey), (4, grey + scale))
     metrics = a3_vae.final_estimates(model, val, test, args)
     assert in_bf16 == [precision == 'bf16'] * 2
-    cdf, half = scipy.stats.norm.cdf, 0.5 / 255 / std  # of a grey level, in deviations
+    cdf, half = scipy.stats.logistic.cdf, 0.5 / 255 / scale  # of a grey level, in scales
     at_mean, one_off = (-PIXELS * math.log(cdf(t + half) - cdf(t - half)) for t in (0, 1))
     nats = (2 * at_mean + 4 * one_off) / 6
     expected = {'val_neg_elbo_nats': (3 * at_mean + one_off) / 4 + 1, 'test_kl_nats': 1,
@@ -339,22 +344,22 @@ def test_a_share_of_the_images_moves_and_grey_ones_are_scaled():
 
 @pytest.mark.parametrize('words, name, skip, augment', [
     ('', 'vae_z20', 'yes', 0.8), ('--zdim 5', 'vae_z5', 'yes', 0.8),
-    ('--zdim 4', 'vae_z4', 'no', 0.4), ('--likelihood gaussian', 'vae_gaussian_z20', 'yes', 0.8),
-    ('--iw_samples 5', 'vae_z20_iwsamples5', 'yes', 0.8),
+    ('--zdim 4', 'vae_z4', 'no', 0.4), ('--likelihood logistic', 'vae_logistic_z20', 'yes', 0.5),
+    ('--iw_samples 5 --hidden_dim 384', 'vae_z20_iwsamples5', 'yes', 0.8),
     ('--zdim 2 --skip yes --augment 0', 'vae_z2_skipyes_augment0.0', 'yes', 0.)])
-def test_the_name_has_what_was_changed_and_the_code_size_decides_two_defaults(
+def test_the_name_has_what_was_changed_and_the_model_decides_some_defaults(
         words, name, skip, augment):
     args = parse_args(words.split())
     assert (args.name, args.skip, args.augment, args.epochs) == (name, skip, augment, 40)
 
 
-@pytest.mark.parametrize('likelihood, n_out', [('bernoulli', PIXELS), ('gaussian', 2 * PIXELS)])
+@pytest.mark.parametrize('likelihood, n_out', [('bernoulli', PIXELS), ('logistic', 2 * PIXELS)])
 def test_the_model_is_made_of_the_arguments(likelihood, n_out):
     words = f'--hidden_dim 7 --zdim 3 --n_layers 2 --likelihood {likelihood}'
     model = a3_vae.make_model(parse_args(words.split()))
     assert [tuple(weight.shape) for weight in model.parameters() if weight.ndim == 2] == [
         (7, PIXELS), (7, 7), (6, 7), (7, 3), (7, 7), (n_out, 7)]
-    assert not model.decoder.net.skip and a3_vae.make_model(parse_args([])).encoder.net.skip
+    assert model.encoder.net.skip == model.decoder.net.skip == (likelihood == 'logistic')
 
 
 def test_reconstructions_are_those_of_mean_codes_of_ten_images_from_everywhere(monkeypatch):
@@ -431,9 +436,9 @@ def test_a_run_that_diverges_ends_with_status_1_before_nan_is_drawn(tmp_path, ru
 
 def test_a_run_on_grey_images_says_so_measures_bits_and_shows_the_images(tmp_path, run_here):
     run_here('a3_vae.py', *TINY, '--zdim', 1, '--epochs', 1, '--batch_size', 20,
-             '--likelihood', 'gaussian', '--results_dir', tmp_path)
+             '--likelihood', 'logistic', '--results_dir', tmp_path)
     [folder] = tmp_path.iterdir()
-    assert re.fullmatch('vae_gaussian_z1_epochs1_.*_seed7_digits', folder.name)
+    assert re.fullmatch('vae_logistic_z1_epochs1_.*_seed7_digits', folder.name)
     rows, one_bpd = read_csv(folder / 'log.csv'), PIXELS * math.log(2)
     untrained, trained = (float(row['val_neg_elbo_nats']) / one_bpd for row in rows)
     assert 1 < untrained < 8 and trained < untrained - 0.2
