@@ -56,10 +56,10 @@ MAIN = [
 # For each table of ablations: the script, the arguments that all its runs share, the figures that
 # it shows, what is changed in each run, the seeds of each, and the minutes of one run.
 ABLATIONS = {
-    'vae': ('a3_vae.py', '--zdim 20 --iw_samples 100',
+    'vae': ('a3_vae.py', '--zdim 20 --epochs 10 --iw_samples 100',
             ('val_neg_elbo_nats', 'train_neg_elbo_nats'),
-            ('', '--augment 0', '--skip no', '--hidden_dim 256', '--n_layers 2',
-             '--precision fp32'), (42,), 4),
+            ('', '--skip no', '--n_layers 3', '--hidden_dim 192', '--augment 0',
+             '--weight_decay 0'), (42, 43, 44), 1),
     'gan': ('a3_gan.py', '--n_epochs 10', ('val_frechet', 'class_share_min', 'd_real', 'd_fake'),
             ('', '--arch mlp', '--average 0', '--penalty 0', '--max_shift 0',
              '--beta1 0.9 --beta2 0.999', '--precision fp32'), (42,), 2),

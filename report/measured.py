@@ -33,8 +33,9 @@ CHOICES = {
     '': 'our setting, for the same number of epochs',
     '--augment 0': 'training images never changed',
     '--skip no': 'no residual connections',
-    '--hidden_dim 256': '256 units a layer, not 512',
-    '--n_layers 2': 'two hidden layers, not three',
+    '--hidden_dim 192': '192 units a layer, not 384',
+    '--n_layers 3': 'three hidden layers, not five',
+    '--weight_decay 0': 'no weight decay',
     '--precision fp32': 'float32 throughout',
     '--arch mlp': 'fully connected, as the template',
     '--average 0': 'no running average of the generator',
@@ -57,7 +58,7 @@ QUALITY = [('frechet', r"Fr\'echet", '', 1), ('inception_score', 'inception', ''
            ('recall', 'recall', r'\%', 100), ('density', 'density', '', 1),
            ('coverage', 'coverage', r'\%', 100)]
 FURTHER = [('nearest_train_median', 'nearest', '', 1), ('near_copy_share', 'copies', r'\%', 100),
-           ('test_nll_nats', r'$-\log p$', 'nats', 1), ('test_bpd', r'$-\log p$', 'bits/dim', 1),
+           ('test_nll_nats', r'$-\log p$', 'nats', 1), ('test_bpd', r'$-\log p \leq$', 'bits/dim', 1),
            ('reconstruction_rms', 'decoding', 'rms', 1), ('parameters', 'weights', '$10^6$', 1e-6),
            ('train_minutes', 'training', 'min', 1), ('images_per_second', 'sampling', '1/s', 1)]
 LATENT_SIZES = ['$J$', r'val.\ $-$ELBO', r'test $-$ELBO', 'reconstruction', 'KL',
