@@ -48,7 +48,7 @@ MANY = dict(hidden_dim=384, n_layers=5, skip='yes', augment=0.8, lr=2.5e-3, weig
 FEW = dict(hidden_dim=512, n_layers=3, skip='no', augment=0.4, lr=1.5e-3, weight_decay=0.)
 GREY = dict(hidden_dim=512, n_layers=6, skip='yes', augment=0.2, lr=2e-3, weight_decay=0.1)
 EVAL_BATCH = 1000
-MAX_GRAD_NORM = 200.0  # largest norm of the gradient, usually about 100: a spike can undo epochs
+MAX_GRAD_NORM = 200.0  # largest norm of the gradient: a spike can undo epochs
 LOG_SCALE = (-7., 2.)  # bounds of log s; grey levels are e^−5.5 apart, as black is 0 and white is 1
 
 
