@@ -50,7 +50,7 @@ FEW = dict(hidden_dim=512, n_layers=3, skip='no', augment=0.4, lr=1.5e-3, weight
 GREY = dict(hidden_dim=512, n_layers=6, skip='yes', augment=0.2, lr=2e-3, weight_decay=0.1)
 EVAL_BATCH = 1000
 MAX_GRAD_NORM = 200.0  # largest norm of the gradient: a spike can undo epochs
-LOG_SCALE = (-7., 2.)  # bounds of log s; grey levels are e^−5.5 apart, as black is 0 and white is 1
+LOG_SCALE = (-7., 2.)  # bounds of log s, where grey levels are e^−5.5 apart
 
 
 # --- mathematics ---------------------------------------------------------------------------------

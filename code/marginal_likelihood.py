@@ -30,15 +30,17 @@ def importance_log_weights(vae: nn.Module, x: Tensor, n: int, widths: tuple[floa
     The proposal r is an equal mixture of N(μ, (width σ)²), of which q(z|x) has the width 1.
     Shapes: (B, 784) to (n, B).
     """
-    (mean, std), log_w = vae.encoder(x), []
-    for rows in torch.arange(n).split(max(1, ROWS // len(x))):
+    (mean, std), step = vae.encoder(x), max(1, ROWS // len(x))
+    log_w = mean.new_empty(n, len(x))  # lists of small tensors among large ones fragment the heap
+    for start in range(0, n, step):
+        rows = log_w[start:start + step]
         shape = len(rows), *mean.shape
         width = mean.new_tensor(widths)[torch.randint(len(widths), (*shape[:2], 1))]
         z = torch.normal(mean.expand(shape), width * std)
         log_r = torch.stack([gaussian_log_density(z, mean, width * std) for width in widths])
-        log_w.append(vae.decoder.log_likelihood(x, z) + prior_log_density(z)
-                     - log_r.logsumexp(0) + math.log(len(widths)))
-    return torch.cat(log_w)
+        rows[:] = (vae.decoder.log_likelihood(x, z) + prior_log_density(z)
+                   - log_r.logsumexp(0) + math.log(len(widths)))
+    return log_w
 
 
 @torch.no_grad()
