@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import a3_vae
 import figures
+import processes
 import runs
 from a3_vae import (EVAL_BATCH, epoch_iter, learning_rate, run_epoch, save_elbo_plot,
                     save_reconstructions)
@@ -129,11 +130,15 @@ def main(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         data = run.track(train), val
         running, val_loss = run_epoch(model, data, optimizer if epoch else None, schedule, bf16)
+        if processes.rank():
+            continue
         train_loss = epoch_iter(model, curve_train, bf16=bf16)
         run.end_epoch({'epoch': epoch, 'train_reconstruction_nats': train_loss,
                        'val_reconstruction_nats': val_loss, 'running_reconstruction_nats': running,
                        'seconds': time.perf_counter() - start})
 
+    if processes.rank():
+        return
     model.eval()  # a run resumed after its last epoch has not been here
     runs.seed_all(args.seed, 'samples')
     figures.save_grid(run.path('decodings.png'), decodings(model, 25))

@@ -39,6 +39,7 @@ from torch.optim.swa_utils import update_bn
 
 import figures
 import measures
+import processes
 import runs
 from command_line import Parser, launch, number, whole_number
 from datasets.common import Loader
@@ -177,12 +178,12 @@ def train(dataloader: Iterable[Tensor], discriminator: Discriminator, generator:
         bf16: whether the networks compute in bfloat16 (losses and penalty never do).
         schedules: the learning rates' schedules, stepped after each batch.
 
-    Returns averages over the batches, as the log names them: the losses in nats, without the
+    Returns averages over the images, as the log names them: the losses in nats, without the
     penalty, the means of D(x) and D(G(z)), and E ‖∇_x logit(x)‖² as `r1`, None if not computed.
     """
     discriminator.train()
     generator.train()
-    totals, penalties = 0., []
+    totals = 0.
     for n, images in enumerate(dataloader):
         autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=bf16)
         z = torch.randn(len(images), generator.latent_dim, device=images.device)
@@ -198,12 +199,14 @@ def train(dataloader: Iterable[Tensor], discriminator: Discriminator, generator:
             logits = discriminator(torch.cat([images, fakes.detach()]))
         real_logits, fake_logits = logits.chunk(2)
         objective = loss_D = discriminator_loss(real_logits, fake_logits)
+        one = torch.ones_like(loss_D)
+        r1, penalised = 0 * one, 0 * one
         if penalty and n % PENALTY_EVERY == 0:
-            r1 = gradient_penalty(discriminator, images)
+            r1, penalised = gradient_penalty(discriminator, images), one
             objective = loss_D + penalty / 2 * PENALTY_EVERY * r1
-            penalties.append(r1.detach())
         optimizer_D.zero_grad()
         objective.backward()
+        processes.average_gradients(discriminator.parameters(), len(images))
         optimizer_D.step()
 
         # G: minimise −log D(G(z)), with the same images, through the updated D, which stays as is
@@ -213,6 +216,7 @@ def train(dataloader: Iterable[Tensor], discriminator: Discriminator, generator:
         loss_G = generator_loss(logits)
         optimizer_G.zero_grad()
         loss_G.backward()
+        processes.average_gradients(generator.parameters(), len(images))
         optimizer_G.step()
         discriminator.requires_grad_(True)
 
@@ -221,9 +225,12 @@ def train(dataloader: Iterable[Tensor], discriminator: Discriminator, generator:
         for schedule in schedules:
             schedule.step()
         d_real, d_fake = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
-        totals = totals + torch.stack([loss_D, loss_G, d_real, d_fake]).detach()  # on the device
-    return dict(zip(AVERAGES, (totals / (n + 1)).tolist(), strict=True)) | {
-        'r1': float(sum(penalties) / len(penalties)) if penalties else None}
+        sums = loss_D, loss_G, d_real, d_fake, r1, penalised, one
+        totals = totals + len(images) * torch.stack(sums).detach()  # stays on the device
+    [totals] = processes.add_up(totals)
+    *sums, r1, penalised, count = totals.tolist()
+    return {name: total / count for name, total in zip(AVERAGES, sums, strict=True)} | {
+        'r1': r1 / penalised if penalised else None}
 
 
 @torch.no_grad()
@@ -283,7 +290,7 @@ def watched(real: Loader, averaged: Generator, z: Tensor, interval: int, epoch: 
     for n, images in enumerate(batches, start=(epoch - 1) * len(real) + 1):
         if len(images) > 1:  # batch statistics need two
             yield images
-        if n % interval == 0:
+        if n % interval == 0 and processes.rank() == 0:
             figures.save_grid(run.path('samples_latest.png'), sample(averaged, z))
 
 
@@ -405,8 +412,9 @@ def main(args: argparse.Namespace) -> None:
     if not run.begin(len(real)):
         return
 
-    classifier = measures.load_classifier(args.results_dir, real, val)
-    val_judge = measures.Judge(classifier, val.images / 255, val.labels)
+    if processes.rank() == 0:
+        classifier = measures.load_classifier(args.results_dir, real, val)
+        val_judge = measures.Judge(classifier, val.images / 255, val.labels)
     few = noise(args, 25, 'samples', device)
     judged = noise(args, min(N_JUDGED, len(val.images)), 'judged in training', device)
     # Two early ones, halfway and the end: 1, 2, 25 and 50 of 50 epochs.
@@ -420,6 +428,8 @@ def main(args: argparse.Namespace) -> None:
             row |= train(batches, discriminator, generator, optimizer_G, optimizer_D, averaged,
                          args.average, (epoch - 1) * len(real), args.penalty, args.max_shift,
                          bf16, schedules)
+        if processes.rank():  # it only trains: the first process does all else
+            continue
         if epoch in checks:
             glance = val_judge.glance(sample(averaged, judged))
             row |= {'val_frechet': glance['frechet'], 'class_share_min': glance['class_share_min']}
@@ -429,6 +439,8 @@ def main(args: argparse.Namespace) -> None:
         run.end_epoch(row)
         warn(row)
 
+    if processes.rank():
+        return
     save_loss_plot(run.rows, run.path('losses.pdf'))
     run.path('samples_latest.png').unlink(missing_ok=True)  # the last one is samples_epoch…
     weights = [*generator.parameters(), *discriminator.parameters()]

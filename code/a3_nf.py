@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 import figures
 import measures
+import processes
 import runs
 from command_line import Parser, launch, number, whole_number
 from datasets.common import Loader
@@ -379,11 +380,14 @@ def epoch_iter(model: Model, data: Batches, *optimizers: torch.optim.Optimizer,
         if model.training:
             model.zero_grad()
             bpd.backward()
+            processes.average_gradients(model.parameters(), len(images))
             nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             for stepped in (*optimizers, *schedules):
                 stepped.step()
         total = total + bpd.detach() * len(images)  # stays on the device: nothing waits
         count += len(images)
+    if model.training:
+        total, count = processes.add_up(total, count)
     return float(total / count)
 
 
@@ -589,7 +593,8 @@ def main(args: argparse.Namespace) -> None:
         return
     if not run.begin(len(train)):
         return
-    classifier = measures.load_classifier(args.results_dir, train, val)
+    if processes.rank() == 0:
+        classifier = measures.load_classifier(args.results_dir, train, val)
 
     snapshots = {0, 1} | {round(share * args.epochs) for share in (0.325, 0.5, 0.65, 1)}
     for epoch in run.epochs():
@@ -601,6 +606,8 @@ def main(args: argparse.Namespace) -> None:
             shift = args.max_shift if epoch <= 0.8 * args.epochs else 0
             data = moved(run.track(train), shift), evaluated(val, args.seed)
             running, val_bpd = run_epoch(model, data, *optimizers, schedules=schedules, bf16=bf16)
+        if processes.rank():  # it only trains: the first process does all else
+            continue
         train_bpd = epoch_iter(model, evaluated(curve_train, args.seed), bf16=bf16)
         row = {'epoch': epoch, 'train_bpd': train_bpd, 'val_bpd': val_bpd,
                'running_bpd': running, 'seconds': time.perf_counter() - start}
@@ -609,6 +616,8 @@ def main(args: argparse.Namespace) -> None:
             save_snapshot(model, run, epoch)
         run.end_epoch(row)
 
+    if processes.rank():
+        return
     model.eval()  # a run resumed after its last epoch has not been here
     save_bpd_plot([row['train_bpd'] for row in run.rows], [row['val_bpd'] for row in run.rows],
                   run.path('bpd.pdf'))

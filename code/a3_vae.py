@@ -35,6 +35,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import figures
+import processes
 import runs
 from command_line import Parser, launch, number, whole_number
 from datasets.bmnist import bmnist
@@ -265,12 +266,15 @@ def epoch_iter(model: nn.Module, data: Iterable[Tensor],
         if model.training:
             optimizer.zero_grad()
             neg_elbo.backward()
+            processes.average_gradients(model.parameters(), len(images))
             nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             optimizer.step()
             if schedule is not None:
                 schedule.step()
         total = total + neg_elbo.detach() * len(images)  # stays on the device: nothing waits
         count += len(images)
+    if model.training:
+        total, count = processes.add_up(total, count)
     return float(total / count)
 
 
@@ -430,6 +434,8 @@ def main(args: argparse.Namespace) -> None:
         share = args.augment if 0 < epoch <= 0.8 * args.epochs else 0.0
         data = prepared(run.track(train), share), prepared(val)
         running, val_loss = run_epoch(model, data, optimizer if epoch else None, schedule, bf16)
+        if processes.rank():  # it only trains: the first process does all else
+            continue
         train_loss = epoch_iter(model, prepared(curve_train), bf16=bf16)
         row = {'epoch': epoch, 'train_neg_elbo_nats': train_loss, 'val_neg_elbo_nats': val_loss,
                'running_neg_elbo_nats': running, 'seconds': time.perf_counter() - start}
@@ -438,6 +444,8 @@ def main(args: argparse.Namespace) -> None:
             save_snapshot(model, run, epoch)
         run.end_epoch(row)
 
+    if processes.rank():
+        return
     model.eval()  # a run resumed after its last epoch has not been here
     save_reconstructions(model, test.images / (255 if grey else 1), run)
     save_elbo_plot([-row['train_neg_elbo_nats'] for row in run.rows],

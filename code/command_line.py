@@ -6,6 +6,7 @@ Exit status: 0 when all went well, 1 when training diverged, 2 for anything that
 
 import argparse
 import difflib
+import io
 import math
 import shlex
 import signal
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import processes
 
 ROOT = Path(__file__).resolve().parent.parent  # the project's folder, where default paths start
 # Arguments that do not change what a run computes (config.json names the device that was used).
@@ -79,6 +82,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: list[str] | None = None, namespace: Any = None):
         """The arguments; exits with status 2 and one line if they are wrong."""
+        if processes.rank():
+            sys.stdout = io.StringIO()  # the first process says it all
         if hasattr(sys.stdout, 'reconfigure'):
             sys.stdout.reconfigure(errors='replace')  # for terminals that cannot print Greek
         words = sys.argv[1:] if args is None else args
@@ -96,7 +101,8 @@ class Parser(argparse.ArgumentParser):
             flag = message.split()[2].partition('=')[0]
             close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
             message = f'unknown flag {flag}' + (f', did you mean {close[0]}?' if close else '')
-        self.exit(2, f'{self.prog}: error: {message} (--help lists the flags)\n')
+        self.exit(2, '' if processes.rank() else
+                  f'{self.prog}: error: {message} (--help lists the flags)\n')
 
     def run_name(self, prefix: str, args: argparse.Namespace, *implied: str) -> str:
         """A run's name: the prefix, and each argument that is not at its default.
@@ -158,17 +164,24 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         print(f'{script}: error: {" ".join(str(error).split())}', file=sys.stderr)
 
     signal.signal(signal.SIGTERM, terminate)
+    trains = getattr(args, 'sample', True) is None
+    if processes.size() > 1 and not trains:
+        if processes.rank() == 0:
+            complain('this trains nothing: start it with python, in one process')
+        sys.exit(2)
     try:
-        if args.dry_run:
+        if args.dry_run and processes.rank() == 0:
             args.results_dir = Path(tempfile.mkdtemp(prefix='a3_'))
         main(args)
-    except KeyboardInterrupt as stop:
-        ended, status = (('terminated', 143) if isinstance(stop, Terminated)
-                         else ('interrupted', 130))
+    except (KeyboardInterrupt, processes.Lost) as stop:
+        ended, status = (('terminated', 143) if isinstance(stop, Terminated) else
+                         ('interrupted', 130) if isinstance(stop, KeyboardInterrupt) else
+                         (str(stop), 1))
         words = [word for word in sys.argv if word not in ('--resume', '--overwrite')]
-        goes_on = not args.dry_run and getattr(args, 'sample', True) is None
-        print(f'\n{script}: {ended}'
-              + f'; go on with: python {shlex.join(words)} --resume' * goes_on, file=sys.stderr)
+        goes_on = (f'; go on with: {processes.launcher()} {shlex.join(words)} --resume'
+                   if trains and not args.dry_run else '')
+        if processes.rank() == 0:
+            print(f'\n{script}: {ended}{goes_on}', file=sys.stderr)
         sys.exit(status)
     except (RunError, OSError) as error:
         complain(error)

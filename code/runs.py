@@ -34,6 +34,7 @@ import torch
 from matplotlib.image import imread
 from tqdm import tqdm
 
+import processes
 from command_line import NEUTRAL, ROOT, RunError
 from datasets.common import Loader
 from files import atomic, read_csv, write_csv, write_json
@@ -54,11 +55,11 @@ Main = Callable[[argparse.Namespace], None]
 def start(args: argparse.Namespace) -> tuple[torch.device, bool]:
     """The device, and whether the networks are to compute in bfloat16. Raises RunError.
 
-    Resolves `args.precision`, cuts a dry run to two epochs, and has GPUs compute float32 as such,
-    not as TF32.
+    Resolves `args.precision`, cuts a dry run to two epochs, has GPUs compute float32 as such, not
+    as TF32, and joins the other processes of the run.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    device = pick_device(args.device)
+    device = processes.join(pick_device(args.device))
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
     if mallopt:  # glibc keeps what is freed: fresh pages for every step cost a tenth of the time
         mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
@@ -130,12 +131,19 @@ def load_data(dataset: Callable[..., tuple[Loader, ...]], args: argparse.Namespa
     """The train, validation and test loaders of `dataset`, which is `bmnist` or `mnist`.
 
     A dry run gets three batches to train on and 100 images to evaluate. Neither a dry run nor
-    `--sample` downloads anything. Raises DataError.
+    `--sample` downloads anything. Of several processes each gets all images, and its part of the
+    batches to train on. Raises DataError, or RunError if a batch is too small for that.
     """
-    train, val, test = dataset(args.data_dir, args.batch_size, not (args.dry_run or args.sample),
-                               args.dataset, device)
+    def load() -> tuple[Loader, ...]:
+        if args.batch_size < 2 * processes.SIZE > 2:
+            raise RunError(f'--batch_size {args.batch_size} is less than two images for each of '
+                           f'{processes.SIZE} processes')
+        return dataset(args.data_dir, args.batch_size, not (args.dry_run or args.sample),
+                       args.dataset, device)
+    train, val, test = processes.first(load)
     if args.dry_run:
         train, val, test = train.head(3 * args.batch_size), val.head(100), test.head(100)
+    train.part = processes.rank(), processes.size()
     return train, val, test
 
 
@@ -153,6 +161,7 @@ def describe(main: Main, args: argparse.Namespace, source: dict, device: torch.d
         'script': Path(inspect.getfile(main)).stem,
         'arguments': {name: portable(value) for name, value in vars(args).items()},
         'data': source, 'device': str(device), 'hardware': hardware(device),
+        'processes': processes.size(),
         'versions': {'python': platform.python_version(), 'torch': torch.__version__,
                      'numpy': np.__version__},
     }
@@ -213,8 +222,8 @@ def difference(before: dict, now: dict, *names: str) -> str:
     def comparable(config: dict) -> dict:
         arguments = {name: value for name, value in config['arguments'].items()
                      if name not in NEUTRAL and value not in (None, 'auto')}
-        return arguments | {'device': config.get('device')} | config.get('data', {}).get(
-            'sha256', {})
+        return arguments | {'device': config.get('device'), 'processes': config.get(
+            'processes', 1)} | config.get('data', {}).get('sha256', {})
     try:
         was, is_now = comparable(before), comparable(now)
         for name in names or is_now:
@@ -361,8 +370,18 @@ class Run:
 
         Returns False if this very run has finished already, so that there is nothing to do. Raises
         RunError rather than lose a checkpoint or mix two runs. `batches` is the number in an
-        epoch, for the progress bar.
+        epoch, for the progress bar. Of several processes, the others begin where the first does.
         """
+        begun = processes.first(lambda: self.make_ready(batches) and (self.rows, {
+            name: part.state_dict() for name, part in self.parts.items()}))
+        if begun and processes.rank():
+            self.rows, states = begun
+            for name, part in self.parts.items():
+                part.load_state_dict(states[name])
+        return bool(begun)
+
+    def make_ready(self, batches: int) -> bool:
+        """What `begin` does in the first process."""
         args, finished = self.args, self.path('metrics.json').is_file()
         weights = self.path('checkpoint.pt').is_file()
         goes_on = not args.overwrite and (weights or finished and args.resume)

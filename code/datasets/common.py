@@ -30,7 +30,8 @@ class DataError(OSError):
 class Loader:
     """Batches of x (B, 784) float32, or of (x, y) with labels y (B,) if there are any.
 
-    The last batch may be smaller. Shuffling draws on torch's default generator.
+    The last batch may be smaller. Shuffling draws on torch's default generator; after it, other
+    processes than the first draw from a stream of their own.
     """
 
     images: Tensor  # (N, 784) uint8, all of them in the device's memory
@@ -38,6 +39,7 @@ class Loader:
     batch_size: int
     shuffle: bool
     source: dict  # the name of the data set, a description and the sha256 of its files
+    part: tuple[int, int] = 0, 1  # the process, and the number of them, that share each batch
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -49,7 +51,12 @@ class Loader:
     def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         arrange = torch.randperm if self.shuffle else torch.arange
         order = arrange(len(self.images), device=self.images.device)
-        for index in order.split(self.batch_size):
+        rank, size = self.part
+        if rank:
+            torch.manual_seed(torch.initial_seed() + rank)
+        for batch in order.split(self.batch_size):
+            # Every process gets the whole of a batch that has less than two images for each.
+            index = batch.tensor_split(size)[rank] if len(batch) >= 2 * size else batch
             x = self.images.index_select(0, index).float()  # thrice as fast as images[index]
             yield x if self.labels is None else (x, self.labels.index_select(0, index))
 
