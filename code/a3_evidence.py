@@ -36,7 +36,7 @@ from command_line import Parser, RunError, launch
 from datasets import bmnist
 from datasets.common import Loader
 from datasets.mnist import mnist
-from experiments import AUTOENCODERS, LATENT_SIZES, find
+from experiments import AUTOENCODERS, LATENT_SIZES, TEMPLATE_GAN, find
 from figures import COLOURS, pdf_figure
 from files import atomic, write_csv, write_json
 from marginal_likelihood import (ROWS, bernoulli_log_likelihoods, gaussian_log_density,
@@ -345,26 +345,71 @@ def kl_map(m: Material, figure: Figure) -> dict[str, float]:
     return metrics
 
 
+def saturating_loss(fake_logits: Tensor) -> Tensor:
+    """E log(1 − D(G(z))), in nats: what D maximises, if real images add nothing to it."""
+    sure = torch.tensor(math.inf)  # D's logit of a real image
+    return -a3_gan.discriminator_loss(sure, fake_logits)
+
+
+GENERATOR_LOSSES = {'non_saturating': a3_gan.generator_loss, 'saturating': saturating_loss}
+GENERATOR_LABELS = '−log D(G(z))', 'log(1 − D(G(z)))'
+
+
 def gan_gradients(m: Material, figure: Figure) -> dict[str, float]:
     """−log D(G(z)) and log(1 − D(G(z))), in nats, and their derivatives in D's logit of G(z)."""
     logits = torch.linspace(-10, 10, 201, dtype=torch.float64)
-    sure = torch.tensor(math.inf)  # D's logit of real images, which then add nothing to its loss
-    losses = {'non_saturating': a3_gan.generator_loss,
-              'saturating': lambda logit: -a3_gan.discriminator_loss(sure, logit)}
-    columns = {f'{name}_loss_nats': vmap(loss)(logits) for name, loss in losses.items()}
-    columns |= {f'{name}_gradient': vmap(grad(loss))(logits) for name, loss in losses.items()}
+    columns = {}
+    for name, loss in GENERATOR_LOSSES.items():
+        columns[f'{name}_loss_nats'] = vmap(loss)(logits)
+        columns[f'{name}_gradient'] = vmap(grad(loss))(logits)
     left, right = figure.subplots(1, 2)
     for axes, kind, ylabel in ((left, 'loss_nats', 'loss, nats'),
                                (right, 'gradient', 'its derivative')):
         axes.axvspan(-10, math.log(0.01 / 0.99), color='0.93', linewidth=0)
-        axes.plot(logits, columns[f'non_saturating_{kind}'], label='−log D(G(z))')
-        axes.plot(logits, columns[f'saturating_{kind}'], label='log(1 − D(G(z)))')
+        for name, label in zip(GENERATOR_LOSSES, GENERATOR_LABELS, strict=True):
+            axes.plot(logits, columns[f'{name}_{kind}'], label=label)
         axes.set(xlabel='logit of D(G(z))', ylabel=ylabel, xlim=(-10, 10))
     left.legend(loc='lower left')
     right.text(-7.3, -0.5, 'early:\nD(G(z))\n< 0.01', ha='center', va='center')
     write_columns(m.folder / 'gan_gradients.csv', logit=logits, **columns)
     columns['logit'] = logits
     return {f'early_{name}': float(values[50]) for name, values in columns.items()}
+
+
+def gan_early(m: Material, figure: Figure) -> dict[str, float]:
+    """D(G(z)) and the norm of the gradient that reaches the generator in the first steps of the
+    template's GAN, with either loss of the generator, from the same weights on the same images."""
+    args, images, curves = a3_gan.parse_args(TEMPLATE_GAN.split()), m.train.images, {}
+    for name, loss in GENERATOR_LOSSES.items():
+        torch.manual_seed(0)
+        generator, discriminator = (net.to(images.device) for net in a3_gan.make_model(args))
+        optimizer_G, optimizer_D = (
+            torch.optim.Adam(net.parameters(), args.lr, (args.beta1, args.beta2))
+            for net in (generator, discriminator))
+        d_fakes, norms = [], []
+        for batch in images[torch.randperm(len(images))].split(args.batch_size)[:m.steps]:
+            fakes = generator(torch.randn(len(batch), args.latent_dim, device=images.device))
+            optimizer_D.zero_grad()
+            a3_gan.discriminator_loss(discriminator(batch / 127.5 - 1),
+                                      discriminator(fakes.detach())).backward()
+            optimizer_D.step()
+            logits = discriminator(fakes)
+            optimizer_G.zero_grad()
+            loss(logits).backward()
+            optimizer_G.step()
+            d_fakes.append(float(logits.detach().sigmoid().mean()))
+            norms.append(float(nn.utils.get_total_norm([w.grad for w in generator.parameters()])))
+        curves |= {f'{name}_d_fake': d_fakes, f'{name}_gradient_norm': norms}
+    for axes, kind, ylabel in zip(figure.subplots(1, 2), ('d_fake', 'gradient_norm'), (
+            'mean D(G(z))', "norm of G's gradient"), strict=True):
+        for name, label in zip(GENERATOR_LOSSES, GENERATOR_LABELS, strict=True):
+            axes.plot(curves[f'{name}_{kind}'], label=label)
+        axes.set(xlabel='step', ylabel=ylabel, yscale='log')
+    axes.legend()
+    write_columns(m.folder / 'gan_early.csv', step=range(len(d_fakes)), **curves)
+    last = {name: torch.tensor(values[-len(values) // 3:]).median().item()
+            for name, values in curves.items()}
+    return {f'{name}_median': value for name, value in last.items()}
 
 
 def mixture_log_density(x: Tensor, weights: Tensor) -> Tensor:
@@ -465,7 +510,7 @@ FIGURES = {draw.__name__: (draw, height, needed) for draw, height, needed in (
     (decodings, 1.35, AUTOENCODERS), (codes, 2.4, AUTOENCODERS),
     (latent_sizes, 1.55, LATENT_SIZES), (traversals, 3.3, ['vae_z10']),
     (monte_carlo, 3.3, LATENT_SIZES), (kl_map, 2.2, []), (gan_gradients, 1.9, []),
-    (dequantisation, 1.9, []), (flow_order, 2.2, []))}
+    (gan_early, 1.9, []), (dequantisation, 1.9, []), (flow_order, 2.2, []))}
 
 
 def load(name: str, args: argparse.Namespace) -> tuple[nn.Module, bytes]:

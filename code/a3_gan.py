@@ -6,12 +6,13 @@ r"""Generative adversarial network on MNIST, after Goodfellow et al., Generative
     L_D = −E_x log D(x) − E_z log(1 − D(G(z)))    L_G = −E_z log D(G(z))
 
 D and G take turns, one step each per batch. To the recipe of the assignment's template this script
-adds a convolution next to the image in both networks, a running average of the generator's weights
-(which the samples come from), a penalty on the discriminator's gradient, the same small shifts of
-real and generated images, and Adam with shorter averages and a higher learning rate that falls to
-0. Each is a flag; `report/results/ablations_gan.csv` shows what most of them bring. A digit
-classifier (`measures.py`) judges the samples, against validation images after every tenth of the
-run, and against test images once, at the end.
+adds a convolution next to the image in both networks, instead of batch normalisation; a penalty on
+the discriminator's gradient at real and at generated images; the same small shifts of both; Adam
+without momentum, at a higher learning rate that falls to 0; and a running average of the
+generator's weights, which the samples come from. Each is a flag;
+`report/results/ablations_gan.csv` shows what most of them bring. A digit classifier
+(`measures.py`) judges the samples, against validation images after every tenth of the run, and
+against test images once, at the end.
 
     python code/a3_gan.py
     python code/a3_gan.py --arch mlp --n_epochs 100 --batch_size 64 --lr 2e-4 --beta1 0.9 \
@@ -30,12 +31,12 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 import figures
 import measures
@@ -50,8 +51,7 @@ PIXELS = 28 * 28
 MAPS = 16  # feature maps of 14 × 14 where the `conv` networks meet the image
 EVAL_BATCH = 1000
 N_JUDGED = 10_000  # samples that are judged, or as many as there are test images if that is fewer
-N_STATISTICS = 5  # batches of EVAL_BATCH samples that the batch statistics are taken from
-PENALTY_EVERY = 8  # batches from one gradient penalty to the next, which weighs so much more
+PENALTY_EVERY = 8  # batches from one pair of penalties to the next, which weigh so much more
 AVERAGES = 'discriminator_loss_nats', 'generator_loss_nats', 'd_real', 'd_fake'  # in the log
 PINNED = 1e-3  # if D's mean output is this close to 0 or 1, the two networks are out of balance
 
@@ -75,9 +75,9 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 
 
 def gradient_penalty(discriminator: nn.Module, images: Tensor) -> Tensor:
-    """E ‖∇_x logit(x)‖², to be differentiated once more. On real images and times γ/2 this is R₁
-    of Mescheder et al., Which Training Methods for GANs do actually Converge? (ICML 2018),
-    equation 9. Shape: (B, 784) to a scalar."""
+    """E ‖∇_x logit(x)‖², to be differentiated once more. Times γ/2 it is, on real images, R₁ of
+    Mescheder et al., Which Training Methods for GANs do actually Converge? (ICML 2018), equation
+    9; on generated ones R₂, equation 10. Shape: (B, 784) to a scalar."""
     images = images.detach().requires_grad_()
     [gradient] = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)
     return gradient.square().sum(1).mean()
@@ -107,20 +107,21 @@ def spherical_path(start: Tensor, end: Tensor, steps: int) -> Tensor:
 
 
 class Generator(nn.Module):
-    """Noise to images: `mlp` is the template's layout, 100 → 128 → 256 → 512 → 1024 → 784; `conv`
-    ends in 16 maps of 14 × 14 and a transposed convolution instead, so that neighbouring pixels
-    come from the same features. A fully connected layer has to learn that for each pixel anew, and
-    leaves speckle."""
+    """Noise to images: `mlp` is the template's layout, 100 → 128 → 256 → 512 → 1024 → 784, with
+    batch normalisation; `conv` has none, and ends in 16 maps of 14 × 14 and a transposed
+    convolution, so that neighbouring pixels come from the same features. A fully connected layer
+    has to learn that for each pixel anew, and leaves speckle."""
 
     def __init__(self, latent_dim: int = 100, arch: str = 'conv'):
         super().__init__()
         self.latent_dim = latent_dim
-        layers = [nn.Linear(latent_dim, 128), nn.LeakyReLU(0.2)]
-        for n_in, n_out in ((128, 256), (256, 512)) + ((512, 1024),) * (arch == 'mlp'):
-            layers += [nn.Linear(n_in, n_out), nn.BatchNorm1d(n_out), nn.LeakyReLU(0.2)]
+        widths = (128, 256, 512, 1024) if arch == 'mlp' else (128, 256, 512, MAPS * 14 * 14)
+        layers = [nn.Linear(latent_dim, widths[0]), nn.LeakyReLU(0.2)]
+        for n_in, n_out in pairwise(widths):
+            normalised = [nn.BatchNorm1d(n_out)] if arch == 'mlp' else []
+            layers += [nn.Linear(n_in, n_out), *normalised, nn.LeakyReLU(0.2)]
         layers += [nn.Linear(1024, PIXELS)] if arch == 'mlp' else [
-            nn.Linear(512, MAPS * 14 * 14), nn.Unflatten(1, (MAPS, 14, 14)),
-            nn.BatchNorm2d(MAPS), nn.LeakyReLU(0.2),
+            nn.Unflatten(1, (MAPS, 14, 14)),
             nn.ConvTranspose2d(MAPS, 1, kernel_size=4, stride=2, padding=1), nn.Flatten()]
         self.net = nn.Sequential(*layers)
 
@@ -171,15 +172,16 @@ def train(dataloader: Iterable[Tensor], discriminator: Discriminator, generator:
     Args:
         averaged, decay, step: the running average of the generator, which follows it after each
             batch, how slowly at most, and the number of batches that it has followed before.
-        penalty: γ; for the first of every PENALTY_EVERY batches, D's loss gets γ/2 times the
-            gradient penalty, times PENALTY_EVERY (Karras et al., Analyzing and Improving the Image
-            Quality of StyleGAN, CVPR 2020, section 3.1).
+        penalty: γ; for the first of every PENALTY_EVERY batches, D's loss gets γ/2 times both
+            gradient penalties, times PENALTY_EVERY (Karras et al., Analyzing and Improving the
+            Image Quality of StyleGAN, CVPR 2020, section 3.1).
         max_shift: the most pixels by which the images that D sees are moved, batch by batch.
         bf16: whether the networks compute in bfloat16 (losses and penalty never do).
         schedules: the learning rates' schedules, stepped after each batch.
 
     Returns averages over the images, as the log names them: the losses in nats, without the
-    penalty, the means of D(x) and D(G(z)), and E ‖∇_x logit(x)‖² as `r1`, None if not computed.
+    penalties, the means of D(x) and D(G(z)), and E ‖∇_x logit(x)‖² on real images as `r1` and on
+    generated ones as `r2`, None if not computed.
     """
     discriminator.train()
     generator.train()
@@ -200,10 +202,10 @@ def train(dataloader: Iterable[Tensor], discriminator: Discriminator, generator:
         real_logits, fake_logits = logits.chunk(2)
         objective = loss_D = discriminator_loss(real_logits, fake_logits)
         one = torch.ones_like(loss_D)
-        r1, penalised = 0 * one, 0 * one
+        r1, r2, penalised = 0 * one, 0 * one, 0 * one
         if penalty and n % PENALTY_EVERY == 0:
-            r1, penalised = gradient_penalty(discriminator, images), one
-            objective = loss_D + penalty / 2 * PENALTY_EVERY * r1
+            r1, r2 = (gradient_penalty(discriminator, x) for x in (images, fakes))
+            objective, penalised = loss_D + penalty / 2 * PENALTY_EVERY * (r1 + r2), one
         optimizer_D.zero_grad()
         objective.backward()
         processes.average_gradients(discriminator.parameters(), len(images))
@@ -225,32 +227,29 @@ def train(dataloader: Iterable[Tensor], discriminator: Discriminator, generator:
         for schedule in schedules:
             schedule.step()
         d_real, d_fake = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
-        sums = loss_D, loss_G, d_real, d_fake, r1, penalised, one
+        sums = loss_D, loss_G, d_real, d_fake, r1, r2, penalised, one
         totals = totals + len(images) * torch.stack(sums).detach()  # stays on the device
     [totals] = processes.add_up(totals)
-    *sums, r1, penalised, count = totals.tolist()
+    *sums, r1, r2, penalised, count = totals.tolist()
     return {name: total / count for name, total in zip(AVERAGES, sums, strict=True)} | {
-        'r1': r1 / penalised if penalised else None}
+        name: total / penalised if penalised else None for name, total in (('r1', r1), ('r2', r2))}
 
 
 @torch.no_grad()
 def follow(averaged: Generator, generator: Generator, decay: float, step: int) -> None:
     """One step of the running average: w ← β w + (1 − β) w_G, β rising from 0 to `decay` (Yazıcı
-    et al., The Unusual Effectiveness of Averaging in GAN Training, ICLR 2019)."""
+    et al., The Unusual Effectiveness of Averaging in GAN Training, ICLR 2019). Statistics of
+    batches, averages already, are copied."""
     beta = min(decay, (1 + step) / (10 + step)) if step else 0.  # the first weights soon fade
     torch._foreach_lerp_(list(averaged.parameters()), list(generator.parameters()), 1 - beta)
+    for mean, statistic in zip(averaged.buffers(), generator.buffers(), strict=True):
+        mean.copy_(statistic)
 
 
 @torch.no_grad()
 def sample(averaged: Generator, z: Tensor) -> Tensor:
     """Images (N, 784) in [0, 1] from noise (N, latent_dim), each from its own row of noise alone.
-
-    The averaged weights first get batch statistics of their own, always from the same
-    N_STATISTICS batches of noise: the statistics met in training belong to other weights.
     """
-    draws = torch.Generator().manual_seed(0)
-    noise = torch.randn(N_STATISTICS, EVAL_BATCH, z.shape[1], generator=draws).to(z.device)
-    update_bn(noise, averaged)
     averaged.eval()
     return torch.cat([(averaged(rows) + 1) / 2 for rows in z.split(EVAL_BATCH)])
 
@@ -308,16 +307,19 @@ def warn(row: dict) -> None:
 # --- figures -------------------------------------------------------------------------------------
 
 
-def save_loss_plot(rows: list[dict], filename: Path) -> None:
+def save_loss_plot(rows: list[dict], filename: Path, floor: float) -> None:
     """Both losses, and the discriminator's mean outputs, over the epochs of the log, each with its
-    value at the equilibrium, where D is ½ everywhere (paper, theorem 1)."""
-    epochs, loss_D, loss_G, d_real, d_fake = (
-        [row[name] for row in rows[1:]] for name in ('epoch', *AVERAGES))
+    value at the equilibrium, where D is ½ everywhere (paper, theorem 1); and the distance of
+    samples to validation images, with that of test images, the floor."""
+    epochs, loss_D, loss_G, d_real, d_fake, frechet = (
+        [row[name] for row in rows[1:]] for name in ('epoch', *AVERAGES, 'val_frechet'))
     figures.save_curves(filename, epochs, [
         {'ylabel': 'loss, nats', 'curves': {'discriminator': loss_D, 'generator': loss_G},
          'references': {'log 4': math.log(4), 'log 2': math.log(2)}},
         {'ylabel': 'mean output of D', 'curves': {'D(x)': d_real, 'D(G(z))': d_fake},
-         'references': {'½': 0.5}}])
+         'references': {'½': 0.5}},
+        {'ylabel': 'Fréchet distance', 'curves': {'samples': frechet}, 'log': True,
+         'references': {'real': floor}}])
 
 
 def save_interpolations(averaged: Generator, classifier: measures.DigitClassifier, z: Tensor,
@@ -352,18 +354,18 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add('--n_epochs', '--epochs', type=whole_number(1), default=50, dest='epochs')
     add('--batch_size', type=whole_number(2), default=128)
-    add('--lr', type=number(0), default=3e-3, help='highest learning rate')
+    add('--lr', type=number(0), default=2e-3, help='highest learning rate')
     add('--latent_dim', type=whole_number(1), default=100, help='number of latent dimensions')
     add('--save_interval', type=whole_number(1), default=500,
         help='batches from one update of samples_latest.png to the next')
     add('--arch', choices=('conv', 'mlp'), default='conv',
         help='both networks with one convolution next to the image, or without')
-    add('--beta1', type=number(0, 0.9999), default=0.5, help='β₁ of Adam')
+    add('--beta1', type=number(0, 0.9999), default=0., help='β₁ of Adam')
     add('--beta2', type=number(0, 0.9999), default=0.99, help='β₂ of Adam')
     add('--schedule', choices=('linear', 'constant'), default='linear',
         help='learning rate: up in the first fiftieth of the run and then down to 0, or constant')
     add('--penalty', type=number(0), default=0.5,
-        help="weight γ of the penalty on the discriminator's gradient")
+        help="weight γ of the penalties on the discriminator's gradient")
     add('--max_shift', type=whole_number(0), choices=(0, 1, 2), default=1,
         help='most pixels by which real and generated images are moved')
     add('--average', type=number(0, 0.9999), default=0.999,
@@ -422,7 +424,8 @@ def main(args: argparse.Namespace) -> None:
     checks = {round(tenth * args.epochs / 10) for tenth in range(11)}
     for epoch in run.epochs():
         start = time.perf_counter()
-        row = {'epoch': epoch} | dict.fromkeys((*AVERAGES, 'r1', 'val_frechet', 'class_share_min'))
+        row = {'epoch': epoch} | dict.fromkeys((*AVERAGES, 'r1', 'r2', 'val_frechet',
+                                                'class_share_min'))
         if epoch > 0:
             batches = watched(real, averaged, few, args.save_interval, epoch, run)
             row |= train(batches, discriminator, generator, optimizer_G, optimizer_D, averaged,
@@ -441,11 +444,11 @@ def main(args: argparse.Namespace) -> None:
 
     if processes.rank():
         return
-    save_loss_plot(run.rows, run.path('losses.pdf'))
+    estimates = final_estimates(averaged, classifier, val, test, args, run)
+    save_loss_plot(run.rows, run.path('losses.pdf'), estimates['frechet_floor'])
     run.path('samples_latest.png').unlink(missing_ok=True)  # the last one is samples_epoch…
     weights = [*generator.parameters(), *discriminator.parameters()]
-    run.finish({'val_frechet': run.rows[-1]['val_frechet'],
-                **final_estimates(averaged, classifier, val, test, args, run),
+    run.finish({'val_frechet': run.rows[-1]['val_frechet'], **estimates,
                 'parameters': sum(map(torch.numel, weights))})
 
 

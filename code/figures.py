@@ -39,18 +39,20 @@ def save_curves(filename: Path | str, x: list[float], panels: list[dict],
                 xlabel: str = 'epoch') -> None:
     """Save curves over ascending x, in panels side by side, as PDF, and their numbers as CSV.
 
-    Each panel has `ylabel` and `curves` ({label: values}), and may have `references` ({label:
-    height} of horizontal lines) and `start` (the first x to show).
+    Each panel has `ylabel` and `curves` ({label: values, None where there is none}), and may have
+    `references` ({label: height} of horizontal lines), `start` (the first x to show) and `log`.
     """
     with pdf_figure(filename, 2.1) as figure:
         all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, panel in zip(all_axes, panels, strict=True):
             first = bisect_left(x, panel.get('start', -math.inf))
-            marker = '.' if len(x) - first < 4 else None
             for (label, y), colour, dash in zip(panel['curves'].items(), COLOURS, DASHES,
                                                 strict=False):
-                axes.plot(x[first:], y[first:], color=colour, linestyle=dash, label=label,
-                          marker=marker)
+                points = [(a, b) for a, b in zip(x[first:], y[first:], strict=True)
+                          if b is not None]
+                few = len(points) < max(4, len(x) - first)
+                axes.plot(*zip(*points, strict=True), color=colour, linestyle=dash, label=label,
+                          marker='.' if few else None)
             references = sorted(panel.get('references', {}).items(), key=lambda item: item[1])
             for _, height in references:
                 axes.axhline(height, color='0.4', linewidth=0.8, linestyle=':')
@@ -59,7 +61,8 @@ def save_curves(filename: Path | str, x: list[float], panels: list[dict],
                 place = max(height, place + line_height)
                 axes.annotate(label, (1.01, place), xycoords=('axes fraction', 'data'),
                               va='center', color='0.3', annotation_clip=False)
-            axes.set(xlabel=xlabel, ylabel=panel['ylabel'])
+            axes.set(xlabel=xlabel, ylabel=panel['ylabel'],
+                     yscale='log' if panel.get('log') else 'linear')
             axes.xaxis.get_major_locator().set_params(integer=True)
             if panel is panels[0] or panel['curves'].keys() != panels[0]['curves'].keys():
                 axes.legend()

@@ -8,6 +8,7 @@ has seen: each machine trains its own, and each run records the sha256 of its we
 import hashlib
 import math
 import time
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -71,15 +72,18 @@ def neighbour_radii(features: Tensor, k: int = NEIGHBOURS) -> Tensor:
                       for rows in features.split(ROWS)])
 
 
-def manifold_measures(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> dict[str, float]:
+def manifold_measures(real: Tensor, fake: Tensor, k: int = NEIGHBOURS,
+                      real_radii: Tensor | None = None) -> dict[str, float]:
     """Precision, recall, density and coverage from k-nearest-neighbour balls around each row.
 
     Precision is the share of fake rows inside some real ball, recall the share of real rows inside
     some fake ball (Kynkäänniemi et al., NeurIPS 2019, equations 1 and 2). Density is the mean
     number of real balls around a fake row, divided by k; coverage is the share of real balls with
     a fake row inside (Naeem et al., ICML 2020, section 3). More than k rows (N, D), (M, D) each.
+    `real_radii` is `neighbour_radii(real, k)`, for whoever has it already.
     """
-    real_radii, fake_radii = neighbour_radii(real, k), neighbour_radii(fake, k)
+    real_radii = neighbour_radii(real, k) if real_radii is None else real_radii
+    fake_radii = neighbour_radii(fake, k)
     real_balls = recalled = covered = 0  # `real_balls` becomes a tensor, a count for each fake row
     for rows, radii in zip(real.split(ROWS), real_radii.split(ROWS), strict=True):
         to_fake = distances(rows, fake)
@@ -182,6 +186,11 @@ class Judge:
         self.classifier, self.shares = classifier, class_shares(labels)
         self.features, _ = classifier.look_at(images)
 
+    @cached_property
+    def radii(self) -> Tensor:
+        """The radii (N,) of the balls around the real images, computed once."""
+        return neighbour_radii(self.features)
+
     def glance(self, images: Tensor) -> dict[str, float]:
         """The Fréchet distance and the smallest share of a class, for (M, 784) in [0, 1]."""
         features, log_probs = self.classifier.look_at(images)
@@ -196,4 +205,4 @@ class Judge:
                 'inception_score': inception_score(log_probs),
                 'class_share_min': float(shares.min()), 'class_share_max': float(shares.max()),
                 'class_kl': categorical_kl(shares, self.shares),
-                **manifold_measures(self.features, features)}
+                **manifold_measures(self.features, features, real_radii=self.radii)}

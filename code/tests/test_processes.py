@@ -67,9 +67,6 @@ def trained() -> dict[str, dict]:
     models = {'vae': a3_vae.VAE(32, 4, 3), 'mlp': a3_nf.Model([784], a3_nf.Flow([784], 1, 16)),
               'flow': a3_nf.Model([784], a3_nf.AutoregressiveFlow(8, 1, 4))}
     generator, discriminator = a3_gan.Generator(8), a3_gan.Discriminator()
-    for n, layer in enumerate(generator.net):  # batch statistics are each process's own
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            generator.net[n] = nn.Identity()
     for name, model in models.items():
         data = images(1 / 255) if name == 'vae' else [(x, None) for x in images(1.)]
         epoch_iter = a3_vae.epoch_iter if name == 'vae' else a3_nf.epoch_iter
