@@ -5,11 +5,11 @@ r"""Generative adversarial network on MNIST, after Goodfellow et al., Generative
 
     L_D = −E_x log D(x) − E_z log(1 − D(G(z)))    L_G = −E_z log D(G(z))
 
-D and G take turns, one step each per batch. To the recipe of the assignment's template this script
-adds a convolution next to the image in both networks, instead of batch normalisation; a penalty on
-the discriminator's gradient at real and at generated images; the same small shifts of both; Adam
-without momentum, at a higher learning rate that falls to 0; and a running average of the
-generator's weights, which the samples come from. Each is a flag;
+D and G take turns, one step each per batch. What this script changes in the recipe of the
+assignment's template: both networks have a convolution next to the image, and the generator no
+batch normalisation (`--arch`); D's gradient at real and at generated images is penalised; both are
+shifted a little, in the same way; Adam has no momentum, and a higher learning rate that falls to
+0; samples come from a running average of the generator's weights. Each is a flag;
 `report/results/ablations_gan.csv` shows what most of them bring. A digit classifier
 (`measures.py`) judges the samples, against validation images after every tenth of the run, and
 against test images once, at the end.
@@ -239,7 +239,7 @@ def train(dataloader: Iterable[Tensor], discriminator: Discriminator, generator:
 def follow(averaged: Generator, generator: Generator, decay: float, step: int) -> None:
     """One step of the running average: w ← β w + (1 − β) w_G, β rising from 0 to `decay` (Yazıcı
     et al., The Unusual Effectiveness of Averaging in GAN Training, ICLR 2019). Statistics of
-    batches, averages already, are copied."""
+    batches, if there are any, are copied, as torch's AveragedModel does it."""
     beta = min(decay, (1 + step) / (10 + step)) if step else 0.  # the first weights soon fade
     torch._foreach_lerp_(list(averaged.parameters()), list(generator.parameters()), 1 - beta)
     for mean, statistic in zip(averaged.buffers(), generator.buffers(), strict=True):
@@ -359,7 +359,9 @@ def build_parser() -> Parser:
     add('--save_interval', type=whole_number(1), default=500,
         help='batches from one update of samples_latest.png to the next')
     add('--arch', choices=('conv', 'mlp'), default='conv',
-        help='both networks with one convolution next to the image, or without')
+        help="conv: a convolution next to the image in both networks; mlp: the template's, fully "
+             'connected, with batch normalisation in the generator (of several processes, each '
+             'takes the statistics of its share)')
     add('--beta1', type=number(0, 0.9999), default=0., help='β₁ of Adam')
     add('--beta2', type=number(0, 0.9999), default=0.99, help='β₂ of Adam')
     add('--schedule', choices=('linear', 'constant'), default='linear',

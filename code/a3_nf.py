@@ -405,10 +405,12 @@ def evaluated(loader: Loader, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def run_epoch(model: Model, data: tuple[Batches, Batches], *optimizers: torch.optim.Optimizer,
-              **options) -> tuple[float, float]:
-    """Train on the first data set, then evaluate on the second: `epoch_iter` of each."""
-    train_bpd = epoch_iter(model.train(), data[0], *optimizers, **options)
-    return train_bpd, epoch_iter(model.eval(), data[1], bf16=options.get('bf16', False))
+              **options) -> tuple[float | None, float | None]:
+    """Train on the first data set, then evaluate on the second: `epoch_iter` of each. Without
+    optimizers there is no training, and processes other than the first do not evaluate: None."""
+    running = epoch_iter(model.train(), data[0], *optimizers, **options) if optimizers else None
+    return running, None if processes.rank() else epoch_iter(
+        model.eval(), data[1], bf16=options.get('bf16', False))
 
 
 @torch.no_grad()
@@ -599,13 +601,10 @@ def main(args: argparse.Namespace) -> None:
     snapshots = {0, 1} | {round(share * args.epochs) for share in (0.325, 0.5, 0.65, 1)}
     for epoch in run.epochs():
         start = time.perf_counter()
-        if epoch == 0:
-            running = None
-            val_bpd = epoch_iter(model.eval(), evaluated(val, args.seed), bf16=bf16)
-        else:
-            shift = args.max_shift if epoch <= 0.8 * args.epochs else 0
-            data = moved(run.track(train), shift), evaluated(val, args.seed)
-            running, val_bpd = run_epoch(model, data, *optimizers, schedules=schedules, bf16=bf16)
+        shift = args.max_shift if epoch <= 0.8 * args.epochs else 0
+        data = moved(run.track(train), shift), evaluated(val, args.seed)
+        running, val_bpd = run_epoch(model, data, *(optimizers if epoch else ()),
+                                     schedules=schedules, bf16=bf16)
         if processes.rank():  # it only trains: the first process does all else
             continue
         train_bpd = epoch_iter(model, evaluated(curve_train, args.seed), bf16=bf16)

@@ -280,14 +280,15 @@ def epoch_iter(model: nn.Module, data: Iterable[Tensor],
 
 def run_epoch(model: nn.Module, data: tuple[Iterable[Tensor], Iterable[Tensor]],
               optimizer: Optimizer | None, schedule: LRScheduler | None = None,
-              bf16: bool = False) -> tuple[float | None, float]:
+              bf16: bool = False) -> tuple[float | None, float | None]:
     """Train on the first data set, then evaluate on the second: `epoch_iter` of each, in nats.
 
-    Without an optimizer there is no training, and the first number is None.
+    Without an optimizer there is no training, and the first number is None. Of several processes
+    only the first evaluates; for others the second number is None.
     """
     train, val = data
     running = epoch_iter(model.train(), train, optimizer, schedule, bf16) if optimizer else None
-    return running, epoch_iter(model.eval(), val, bf16=bf16)
+    return running, None if processes.rank() else epoch_iter(model.eval(), val, bf16=bf16)
 
 
 @torch.no_grad()

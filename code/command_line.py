@@ -1,7 +1,7 @@
 """The command line of every script: its flags, its one-line errors, its exit status.
 
-Exit status: 0 when all went well, 1 when training diverged, 2 for anything that the user can mend,
-130 after Ctrl-C and 143 after SIGTERM.
+Exit status: 0 when all went well, 1 when training diverged or another process of it ended, 2 for
+anything that the user can mend, 130 after Ctrl-C and 143 after SIGTERM.
 """
 
 import argparse
@@ -62,7 +62,8 @@ class Parser(argparse.ArgumentParser):
         add('--seed', type=whole_number(0), default=42,
             help="seed of the run's random numbers (the data sets have their own)")
         add('--device', default='auto',
-            help='cpu, cuda, cuda:1, mps, or auto for the first there is of cuda, mps and cpu')
+            help='cpu, cuda, cuda:1, mps, or auto for the first there is of cuda, mps and cpu; '
+                 'several processes take a GPU each')
         add('--data_dir', type=Path, default=ROOT / 'data',
             help="folder of MNIST, downloaded if missing (default: the project's data/)")
         add('--results_dir', type=Path, default=ROOT / 'report' / 'results',
@@ -101,8 +102,8 @@ class Parser(argparse.ArgumentParser):
             flag = message.split()[2].partition('=')[0]
             close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
             message = f'unknown flag {flag}' + (f', did you mean {close[0]}?' if close else '')
-        self.exit(2, '' if processes.rank() else
-                  f'{self.prog}: error: {message} (--help lists the flags)\n')
+        processes.let_the_first_speak()
+        self.exit(2, f'{self.prog}: error: {message} (--help lists the flags)\n')
 
     def run_name(self, prefix: str, args: argparse.Namespace, *implied: str) -> str:
         """A run's name: the prefix, and each argument that is not at its default.
@@ -155,25 +156,37 @@ def is_out_of_memory(error: Exception) -> bool:
 def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Run `main(args)`, a dry run in a temporary folder; end what fails as this module promises.
     """
+    status = 1
+    try:
+        status = exit_status(main, args)
+    finally:
+        processes.leave(status)
+    if status:
+        sys.exit(status)
+
+
+def exit_status(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Run `main(args)`; say in one line what ended it before its end."""
     script = Path(sys.argv[0]).name
+    trains = getattr(args, 'sample', True) is None
 
     def terminate(*_) -> None:
         raise Terminated
 
     def complain(error: Exception | str) -> None:
+        processes.let_the_first_speak()
         print(f'{script}: error: {" ".join(str(error).split())}', file=sys.stderr)
 
     signal.signal(signal.SIGTERM, terminate)
-    trains = getattr(args, 'sample', True) is None
-    if processes.size() > 1 and not trains:
-        if processes.rank() == 0:
-            complain('this trains nothing: start it with python, in one process')
-        sys.exit(2)
     try:
+        if processes.size() > 1 and not trains:
+            raise RunError('this trains nothing: start it with python, in one process')
         if args.dry_run and processes.rank() == 0:
             args.results_dir = Path(tempfile.mkdtemp(prefix='a3_'))
         main(args)
+        return 0
     except (KeyboardInterrupt, processes.Lost) as stop:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, while this is printed
         ended, status = (('terminated', 143) if isinstance(stop, Terminated) else
                          ('interrupted', 130) if isinstance(stop, KeyboardInterrupt) else
                          (str(stop), 1))
@@ -182,12 +195,12 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
                    if trains and not args.dry_run else '')
         if processes.rank() == 0:
             print(f'\n{script}: {ended}{goes_on}', file=sys.stderr)
-        sys.exit(status)
+        return status
     except (RunError, OSError) as error:
         complain(error)
-        sys.exit(getattr(error, 'status', 2))
+        return getattr(error, 'status', 2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         complain(f'not enough memory for these arguments: {error}')
-        sys.exit(2)
+        return 2

@@ -61,7 +61,7 @@ ABLATIONS = {
             ('', '--skip no', '--n_layers 3', '--hidden_dim 192', '--augment 0',
              '--weight_decay 0'), (42, 43, 44), 1),
     'gan': ('a3_gan.py', '--n_epochs 5', ('val_frechet', 'class_share_min', 'd_real', 'd_fake'),
-            ('', '--arch mlp', '--average 0', '--penalty 0', '--max_shift 0', '--beta1 0.5'),
+            ('', '--arch mlp', '--penalty 0', '--max_shift 0', '--beta1 0.5'),
             (42, 43, 44), 2),
     'nf': ('a3_nf.py', '--epochs 1', ('val_bpd', 'val_frechet'),
            ('', '--plan 0', '--n_layers 1', '--n_hidden 64'), (42, 43, 44), 4),

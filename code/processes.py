@@ -4,14 +4,18 @@
 
 They begin with the same weights and draw the same permutation of the training images. Of each
 batch every process takes its share (`Loader.part`), with noise of its own, and their gradients are
-averaged, so that each step is that of the whole batch. All else is done by process 0 alone: it
+averaged, so that each step is that of the whole batch (but for batch normalisation, where a
+network has any: its statistics are those of a share). All else is done by process 0 alone: it
 finds the data, resumes, prints, evaluates and writes. A script that torchrun did not start is
 process 0 of 1, and then nothing here does anything.
 """
 
-import atexit
 import io
 import os
+import signal
+import sys
+import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,7 +34,7 @@ _alone = False
 
 
 class Lost(Exception):
-    """Another process of this run has ended."""
+    """The processes cannot go on together, most often because one of them has ended."""
 
 
 def rank() -> int:
@@ -46,22 +50,51 @@ def size() -> int:
 def launcher() -> str:
     """The words before the script's name in the command that starts all of them: without `--`,
     torchrun takes --run for an option of its own."""
-    machines = f'--nnodes={MACHINES} ' * (MACHINES > 1)
+    machines = f'--nnodes={MACHINES} (and its rendezvous) ' * (MACHINES > 1)
     return 'python' if SIZE == 1 else f'torchrun {machines}--nproc_per_node={LOCAL_SIZE} --'
 
 
-def join(device: torch.device) -> torch.device:
-    """Meet the other processes; returns the device of this one, a GPU for each where there are
-    GPUs. They talk through nccl on GPUs, through gloo on processors."""
+def own_device(name: str) -> str:
+    """The device that this process is to use where `--device` says `name`: each has its own GPU,
+    and what several processes cannot share is no choice of `auto`."""
+    if size() == 1 or name == 'cpu':
+        return name
+    if name not in ('auto', 'cuda'):
+        raise ValueError('several processes need --device auto, cpu or cuda')
+    return f'cuda:{LOCAL_RANK}' if name == 'cuda' or torch.cuda.is_available() else 'cpu'
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes: they talk through nccl on GPUs, through gloo on processors."""
     if size() == 1:
-        return device
+        return
     if device.type == 'cuda':
-        device = torch.device('cuda', LOCAL_RANK)
         torch.cuda.set_device(device)
     with together():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=PATIENCE)
-    atexit.register(dist.destroy_process_group)
-    return device
+
+
+def leave(status: int) -> None:
+    """Part from the other processes. One that has failed ends here, since to part in peace it
+    would wait for others, which may be waiting for it."""
+    if SIZE == 1:
+        return
+    if not status:
+        dist.destroy_process_group()
+        return
+    if sys.exc_info()[0]:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def let_the_first_speak() -> None:
+    """Wait, in other processes than the first, before an error is printed: if the first has met it
+    too, it says so, and torchrun has ended this process before the time is up."""
+    if rank():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
 
 
 @contextmanager
@@ -70,7 +103,7 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise Lost(f'another process has ended ({str(error).splitlines()[0]})') from error
+        raise Lost(f'cannot go on together ({str(error).splitlines()[0]})') from error
 
 
 def first(function: Callable[[], Any]) -> Any:

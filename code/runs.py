@@ -59,7 +59,11 @@ def start(args: argparse.Namespace) -> tuple[torch.device, bool]:
     as TF32, and joins the other processes of the run.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    device = processes.join(pick_device(args.device))
+    try:
+        device = pick_device(processes.own_device(args.device))
+    except ValueError as error:
+        raise RunError(f'--device {args.device}: {error}') from None
+    processes.join(device)
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
     if mallopt:  # glibc keeps what is freed: fresh pages for every step cost a tenth of the time
         mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
@@ -216,7 +220,8 @@ def difference(before: dict, now: dict, *names: str) -> str:
 
     Args:
         before, now: their `config.json`. What `now` lacks, or leaves to be chosen (None, auto), is
-            not compared; nor are the fingerprints of different torch versions.
+            not compared, but for the number of processes, which is 1 unless it is there; nor are
+            the fingerprints of different torch versions.
         names: the arguments to compare, if not everything.
     """
     def comparable(config: dict) -> dict:

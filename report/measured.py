@@ -37,7 +37,6 @@ CHOICES = {
     '--n_layers 3': 'three hidden layers, not five',
     '--weight_decay 0': 'no weight decay',
     '--arch mlp': 'fully connected, as the template',
-    '--average 0': 'no running average of the generator',
     '--penalty 0': 'no gradient penalties',
     '--max_shift 0': 'no random shifts',
     '--beta1 0.5': r'Adam with $\beta_1 = 0.5$, not 0',

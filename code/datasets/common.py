@@ -31,7 +31,8 @@ class Loader:
     """Batches of x (B, 784) float32, or of (x, y) with labels y (B,) if there are any.
 
     The last batch may be smaller. Shuffling draws on torch's default generator; after it, other
-    processes than the first draw from a stream of their own.
+    processes than the first draw from a stream of their own. Of a batch that has less than two
+    images for each, every process gets the whole, and an epoch's averages count it as often.
     """
 
     images: Tensor  # (N, 784) uint8, all of them in the device's memory
@@ -55,7 +56,6 @@ class Loader:
         if rank:
             torch.manual_seed(torch.initial_seed() + rank)
         for batch in order.split(self.batch_size):
-            # Every process gets the whole of a batch that has less than two images for each.
             index = batch.tensor_split(size)[rank] if len(batch) >= 2 * size else batch
             x = self.images.index_select(0, index).float()  # thrice as fast as images[index]
             yield x if self.labels is None else (x, self.labels.index_select(0, index))

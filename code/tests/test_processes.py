@@ -92,14 +92,14 @@ def test_twenty_steps_of_two_processes_are_those_of_one(tmp_path):
 
 
 def test_each_process_has_its_share_and_a_batch_too_small_to_share_goes_to_all():
-    shares = []
+    shares, noise = [], []
     for rank in range(3):
         torch.manual_seed(5)
         loader = Loader(torch.arange(27).view(-1, 1), None, 11, shuffle=True, source={})
         loader.part = rank, 3
         shares.append([batch.flatten().tolist() for batch in loader])
-        noise = torch.rand(1)
-        assert all(noise != before for before in shares[:-1] if isinstance(before, Tensor))
+        noise.append(torch.rand(1).item())
+    assert len(set(noise)) == 3
     torch.manual_seed(5)
     order = [float(n) for n in torch.randperm(27)]
     assert [sum(parts, []) for parts in list(zip(*shares, strict=True))[:2]] == [
@@ -123,6 +123,7 @@ def test_two_processes_leave_one_run_and_one_log(script, tmp_path):
 @pytest.mark.parametrize('words, line', [
     (('a3_gan.py', '--batch_size', 3), '--batch_size 3 is less than two images for each of 2'),
     (('a3_gan.py', '--zdim', 3), 'unknown flag --zdim'),
+    (('a3_gan.py', '--device', 'mps'), 'several processes need --device auto, cpu or cuda'),
     (('a3_vae.py', '--sample', 3), 'this trains nothing'),
     (('a3_compare.py',), 'this trains nothing')])
 def test_what_two_processes_cannot_do_is_one_line(words, line):
@@ -138,13 +139,16 @@ def test_a_worker_that_dies_ends_the_run_and_resuming_it_ends_as_if_it_had_not(
     run = subprocess.Popen([*TORCHRUN, *words, '--run', 'killed'], text=True,
                            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     log = tmp_path / 'killed' / 'log.csv'
+    started = time.monotonic()
     while not log.is_file() or len(read_csv(log)) < 3:
         time.sleep(0.01)
+        assert time.monotonic() < started + 120
     children = subprocess.check_output(['pgrep', '-P', str(run.pid)], text=True).split()
     [second] = [child for child in children
                 if b'\0RANK=1\0' in Path(f'/proc/{child}/environ').read_bytes()]
     os.kill(int(second), signal.SIGKILL)
     _, stderr = run.communicate(timeout=60)
+    assert 'command_line.py' not in stderr  # as it would be in a traceback
     [line] = [line for line in stderr.splitlines() if line.startswith('a3_vae.py: ')]
     _, typed = line.split('; go on with: torchrun --nproc_per_node=2 -- ')
     alone = subprocess.run([sys.executable, *shlex.split(typed)], text=True, capture_output=True)
