@@ -47,7 +47,7 @@ CHOICES = {
 COLUMNS = {'val_neg_elbo_nats': 'validation, nats', 'train_neg_elbo_nats': 'training, nats',
            'val_bpd': 'validation, bits', 'train_bpd': 'training, bits',
            'val_frechet': 'Fréchet distance',
-           'class_share_min': 'share of rarest class', 'd_real': r'$D(\mathbf{x})$',
+           'class_share_min': 'share of rarest class',
            'd_fake': r'$D(G(\mathbf{z}))$'}
 # The columns of the two tables that compare models: the metric, the two lines of its head, and
 # the factor that its unit asks for.
