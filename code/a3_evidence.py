@@ -402,10 +402,9 @@ def gan_early(m: Material, figure: Figure) -> dict[str, float]:
         curves |= {f'{name}_d_fake': d_fakes, f'{name}_gradient_norm': norms}
     for axes, kind, ylabel in zip(figure.subplots(1, 2), ('d_fake', 'gradient_norm'), (
             'mean D(G(z))', "norm of G's gradient"), strict=True):
-        for name, label in zip(GENERATOR_LOSSES, GENERATOR_LABELS, strict=True):
-            axes.plot(curves[f'{name}_{kind}'], label=label)
+        for name in GENERATOR_LOSSES:  # in the colours of `gan_gradients`
+            axes.plot(curves[f'{name}_{kind}'])
         axes.set(xlabel='step', ylabel=ylabel, yscale='log')
-    axes.legend()
     write_columns(m.folder / 'gan_early.csv', step=range(len(d_fakes)), **curves)
     last = {name: torch.tensor(values[-len(values) // 3:]).median().item()
             for name, values in curves.items()}

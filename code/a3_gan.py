@@ -287,7 +287,7 @@ def watched(real: Loader, averaged: Generator, z: Tensor, interval: int, epoch: 
     """The epoch's batches, in [−1, 1]; every `interval` batches, samples of z go into a file."""
     batches = run.track(images / 127.5 - 1 for images, _ in real)
     for n, images in enumerate(batches, start=(epoch - 1) * len(real) + 1):
-        if len(images) > 1:  # batch statistics need two
+        if len(images) > 1:  # batch statistics, which `mlp` has, need two
             yield images
         if n % interval == 0 and processes.rank() == 0:
             figures.save_grid(run.path('samples_latest.png'), sample(averaged, z))
