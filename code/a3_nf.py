@@ -601,7 +601,7 @@ def main(args: argparse.Namespace) -> None:
     snapshots = {0, 1} | {round(share * args.epochs) for share in (0.325, 0.5, 0.65, 1)}
     for epoch in run.epochs():
         start = time.perf_counter()
-        shift = args.max_shift if epoch <= 0.8 * args.epochs else 0
+        shift = args.max_shift if 0 < epoch <= 0.8 * args.epochs else 0
         data = moved(run.track(train), shift), evaluated(val, args.seed)
         running, val_bpd = run_epoch(model, data, *(optimizers if epoch else ()),
                                      schedules=schedules, bf16=bf16)
