@@ -318,7 +318,7 @@ def save_loss_plot(rows: list[dict], filename: Path, floor: float) -> None:
          'references': {'log 4': math.log(4), 'log 2': math.log(2)}},
         {'ylabel': 'mean output of D', 'curves': {'D(x)': d_real, 'D(G(z))': d_fake},
          'references': {'½': 0.5}},
-        {'ylabel': 'Fréchet distance', 'curves': {'samples': frechet}, 'log': True,
+        {'ylabel': 'Fréchet distance', 'curves': {'samples': frechet}, 'start': len(epochs) / 5,
          'references': {'real': floor}}])
 
 

@@ -40,7 +40,7 @@ def save_curves(filename: Path | str, x: list[float], panels: list[dict],
     """Save curves over ascending x, in panels side by side, as PDF, and their numbers as CSV.
 
     Each panel has `ylabel` and `curves` ({label: values, None where there is none}), and may have
-    `references` ({label: height} of horizontal lines), `start` (the first x to show) and `log`.
+    `references` ({label: height} of horizontal lines) and `start` (the first x to show).
     """
     with pdf_figure(filename, 2.1) as figure:
         all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -61,8 +61,7 @@ def save_curves(filename: Path | str, x: list[float], panels: list[dict],
                 place = max(height, place + line_height)
                 axes.annotate(label, (1.01, place), xycoords=('axes fraction', 'data'),
                               va='center', color='0.3', annotation_clip=False)
-            axes.set(xlabel=xlabel, ylabel=panel['ylabel'],
-                     yscale='log' if panel.get('log') else 'linear')
+            axes.set(xlabel=xlabel, ylabel=panel['ylabel'])
             axes.xaxis.get_major_locator().set_params(integer=True)
             if panel is panels[0] or panel['curves'].keys() != panels[0]['curves'].keys():
                 axes.legend()
