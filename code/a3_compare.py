@@ -299,10 +299,10 @@ def main(args: argparse.Namespace) -> None:
             trained, digests[run] = json.loads(content), hashlib.sha256(content).hexdigest()
             bpd = trained.get('test_bpd', trained.get('test_neg_elbo_bpd'))
             runs.seed_all(args.seed, f'compared {run}')
-            sampler = kind.sampler(network)
+            sampler, again = kind.sampler(network), 0 if args.dry_run else N_DRAWS - 1
             images, rate = draw(sampler, n)
             judged = [judge.measure(images)] + [
-                judge.measure(draw(sampler, n)[0]) for _ in range(N_DRAWS - 1)]
+                judge.measure(draw(sampler, n)[0]) for _ in range(again)]
             with torch.no_grad():
                 rms = kind.errors and float(kind.errors(network, *decoded).square().mean().sqrt())
             copies, _ = copy_measures(images, real_train, real_val, threshold)

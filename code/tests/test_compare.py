@@ -37,7 +37,8 @@ JOBS = [Job('one', TINY_VAE, 1), Job('one_seed43', f'{TINY_VAE} --seed 43', 1),
         Job('three', 'a3_nf.py --n_hidden 4 --n_layers 1 --epochs 1', 1)]
 LABELS = {'one': 'VAE', 'grey': 'VAE, grey', 'two': 'GAN', 'three': 'flow'}
 TINY = ((experiments, 'MAIN', JOBS), (a3_compare, 'COMPARED', LABELS),
-        (a3_compare, 'N_SAMPLES', N), (a3_gan, 'N_JUDGED', N), (a3_gan, 'EVAL_BATCH', 50))
+        (a3_compare, 'N_SAMPLES', N), (a3_compare, 'N_DRAWS', 2), (a3_gan, 'N_JUDGED', N),
+        (a3_gan, 'EVAL_BATCH', 50))
 RUNS = [f'{job.name}_digits' for job in JOBS]
 
 
@@ -222,7 +223,7 @@ def test_the_floor_and_a_run_are_measured_as_by_hand(finished, monkeypatch):
     flow = runs.load_trained(folder.with_name('three_digits'), 'a3_nf', 'model', a3_nf.make_model)
     runs.seed_all(42, 'compared three_digits')
     with torch.no_grad():
-        draws = [torch.cat([flow.sample(10).floor() / 255 for _ in range(10)]) for _ in range(5)]
+        draws = [torch.cat([flow.sample(10).floor() / 255 for _ in range(10)]) for _ in range(2)]
     for name, those in (('floor', [val.images / 255]), ('three_digits', draws)):
         judged = [judge.measure(images) for images in those]
         for measure in judged[0]:
