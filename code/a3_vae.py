@@ -333,7 +333,7 @@ def save_elbo_plot(train_curve: list[float], val_curve: list[float], filename: P
     start = max(1, len(val_curve) // 10)
     figures.save_curves(filename, list(range(len(val_curve))), [
         panel | {'references': references or {}},
-        panel | {'ylabel': f'the same, from epoch {start}', 'start': start}])
+        panel | {'ylabel': f'{ylabel}, from epoch {start}', 'start': start}])
 
 
 @torch.no_grad()

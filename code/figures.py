@@ -17,7 +17,7 @@ from files import atomic, write_csv
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')  # Okabe and Ito
 DASHES = ('-', '--', '-.', ':', (0, (3, 1, 1, 1, 1, 1)), (0, (5, 1)))
 STYLE = {'pdf.fonttype': 42,  # embedded TrueType: no Type 3
-         'font.family': 'serif', 'mathtext.fontset': 'dejavuserif', 'font.size': 8,
+         'font.family': 'STIXGeneral', 'mathtext.fontset': 'stix', 'font.size': 8,
          'axes.titlesize': 8, 'axes.labelsize': 8, 'legend.fontsize': 8, 'legend.frameon': False,
          'xtick.labelsize': 8, 'ytick.labelsize': 8, 'lines.linewidth': 1.2,
          'axes.linewidth': 0.6, 'axes.spines.top': False, 'axes.spines.right': False,
