@@ -260,7 +260,7 @@ class Scale(nn.Module):
         own = seen[:, :, self.first:self.stop].flatten(2)
         h = F.gelu(context + F.linear(own, self.within.weight * self.before))
         h = h.view(-1, *self.last.shape[:2]).transpose(0, 1)
-        return torch.baddbmm(self.bias, h, self.last)
+        return h @ self.last + self.bias  # the sum in float32, also under autocast
 
 
 class AutoregressiveFlow(nn.Module):
