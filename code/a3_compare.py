@@ -3,9 +3,10 @@
 Compared are the VAE with 20 latent dimensions on binarised digits and on grey ones, the GAN and
 the flow of this project, and the template's GAN and flow; if other seeds were trained, with mean
 and spread. A digit classifier (`measures.py`) judges as many samples of each run as there are test
-images, five times over; real images, measured in the same way, are the floor. Further columns say
-whether samples copy training images, what training and sampling cost, and, where a model can tell,
-the likelihood of images and how well an image is encoded and decoded.
+images, five times over; real images, measured in the same way, are the floor, as they are and
+binarised, since the first VAE has seen no greys. Further columns say whether samples copy training
+images, what training and sampling cost, and, where a model can tell, the likelihood of images and
+how well an image is encoded and decoded.
 
     python code/a3_compare.py
     python code/a3_compare.py --only nf
@@ -266,10 +267,11 @@ def main(args: argparse.Namespace) -> None:
     device = runs.pick_device(args.device)
     train, val, test = mnist(args.data_dir, ROWS, not args.dry_run, args.dataset, device)
     dataset, n = train.source['dataset'], N_SAMPLES
-    bits = bmnist(args.data_dir, ROWS, not args.dry_run, dataset, device)[2]
+    _, val_bits, bits = bmnist(args.data_dir, ROWS, not args.dry_run, dataset, device)
     if args.dry_run:
         n, args.only = 200, None
-        train, val, test, bits = (loader.head(200) for loader in (train, val, test, bits))
+        train, val, test, val_bits, bits = (
+            loader.head(200) for loader in (train, val, test, val_bits, bits))
     names, suffix = args.only or list(COMPARED), '_digits' * (dataset == 'digits')
     jobs = {model: [job._replace(name=job.name + suffix) for job in seeds_of(model)]
             for model in COMPARED}
@@ -284,11 +286,14 @@ def main(args: argparse.Namespace) -> None:
     real_train, real_val, real_test = (loader.images / 255 for loader in (train, val, test))
     judge = measures.Judge(classifier, real_test, test.labels)
     copies, threshold = copy_measures(real_test, real_train, real_val)
-    floor = judge.measure(real_val) | copies
+    floors = {'floor': judge.measure(real_val) | copies,
+              'floor_bits': judge.measure(val_bits.images.float()) | dict.fromkeys(copies)}
     metrics |= {'seed': args.seed, 'samples': n, 'near_copy_ratio': threshold,
-                'classifier_sha256': sha256} | {f'floor_{key}': floor[key] for key in floor}
-    rows['floor'] = {'run': 'floor'} | floor | dict.fromkeys(
-        ('reconstruction_rms', 'test_nll_nats', 'test_bpd', *COSTS))
+                'classifier_sha256': sha256}
+    for name, floor in floors.items():
+        metrics |= {f'{name}_{key}': value for key, value in floor.items() if value is not None}
+        rows[name] = {'run': name} | floor | dict.fromkeys(
+            ('reconstruction_rms', 'test_nll_nats', 'test_bpd', *COSTS))
     decoded = test.images[::DECODED].float(), bits.images[::DECODED].float()
     samples = {'real digits': real_test} | dict.fromkeys(COMPARED.values())
     for model in names:
@@ -330,7 +335,7 @@ def main(args: argparse.Namespace) -> None:
     save_samples(folder / 'samples.png', samples)  # first, since it may refuse to add to a file
     (folder / 'metrics.json').unlink(missing_ok=True)  # until the rest is there
     write_json(folder / 'config.json', config)
-    order = ['floor', *(job.name for model in COMPARED for job in jobs[model])]
+    order = [*floors, *(job.name for model in COMPARED for job in jobs[model])]
     write_csv(folder / 'measures.csv', [rows[run] for run in order])
     write_json(folder / 'metrics.json', runs.finite(metrics, 'in the comparison'))
     print(f'files in {folder}: ' + ', '.join(sorted(path.name for path in folder.iterdir())))

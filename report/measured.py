@@ -13,6 +13,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 REPORT = Path(__file__).resolve().parent
@@ -49,16 +50,23 @@ COLUMNS = {'val_neg_elbo_nats': 'validation, nats', 'train_neg_elbo_nats': 'trai
            'val_frechet': 'Fréchet distance',
            'class_share_min': 'share of rarest class',
            'd_fake': r'$D(G(\mathbf{z}))$'}
-# The columns of the two tables that compare models: the metric, the two lines of its head, and
-# the factor that its unit asks for.
-QUALITY = [('frechet', r"Fr\'echet", '', 1), ('inception_score', 'inception', '', 1),
-           ('class_kl', 'class KL', r'$10^{-3}$', 1e3), ('precision', 'precision', r'\%', 100),
-           ('recall', 'recall', r'\%', 100), ('density', 'density', '', 1),
-           ('coverage', 'coverage', r'\%', 100)]
-FURTHER = [('nearest_train_median', 'nearest', '', 1), ('near_copy_share', 'copies', r'\%', 100),
-           ('test_nll_nats', r'$-\log p$', 'nats', 1), ('test_bpd', r'$-\log p \leq$', 'bits/dim', 1),
-           ('reconstruction_rms', 'decoding', 'rms', 1), ('parameters', 'weights', '$10^6$', 1e-6),
-           ('train_minutes', 'training', 'min', 1), ('images_per_second', 'sampling', '1/s', 1)]
+# The columns of the two tables that compare models: the metric, the two lines of its head, the
+# factor that its unit asks for, the decimals, and which function finds the best of a column.
+QUALITY = [('frechet', r"Fr\'echet", r'$\downarrow$', 1, 1, min),
+           ('inception_score', 'inception', r'$\uparrow$', 1, 2, max),
+           ('class_kl', 'class KL', r'$10^{-3}\downarrow$', 1e3, 1, min),
+           ('precision', 'precision', r'\%\,$\uparrow$', 100, 1, max),
+           ('recall', 'recall', r'\%\,$\uparrow$', 100, 1, max),
+           ('density', 'density', r'$\uparrow$', 1, 2, max),
+           ('coverage', 'coverage', r'\%\,$\uparrow$', 100, 1, max)]
+FURTHER = [('nearest_train_median', 'nearest', '', 1, 2, None),
+           ('near_copy_share', 'copies', r'\%', 100, 2, None),
+           ('test_nll_nats', r'$-\log p$', r'nats\,$\downarrow$', 1, 1, None),
+           ('test_bpd', r'$-\log p \leq$', r'bits/dim\,$\downarrow$', 1, 3, min),
+           ('reconstruction_rms', 'decoding', 'rms', 1, 3, None),
+           ('parameters', 'weights', '$10^6$', 1e-6, 2, None),
+           ('train_minutes', 'training', 'min', 1, 1, None),
+           ('images_per_second', 'sampling', '$10^3$/s', 1e-3, 1, None)]
 LATENT_SIZES = ['$J$', r'val.\ $-$ELBO', r'test $-$ELBO', 'reconstruction', 'KL',
                 r'$-\log p(x)$', 'in use']
 
@@ -79,23 +87,14 @@ def rounded(name: str, value: float) -> str:
     return rf'\ensuremath{{{mantissa}\cdot 10^{{{int(exponent)}}}}}' if exponent else mantissa
 
 
-def formatted(mean: float | None, spread: float | None = None) -> str:
-    """A number of a comparison as the report prints it, or a dash for None.
+def aligned(number: str, spread: str = '', best: bool = False) -> str:
+    r"""Two cells that meet at the decimal point: `12&.3`, with the spread behind, or with a dash.
 
-    With a spread it goes to the spread's first digit, or second if the first is 1, and to four
-    decimals at most; without one to three digits, and two decimals at most.
+    The best number of a column is bold.
     """
-    if mean is None:
-        return '--'
-    if 0 < abs(mean) < 1e-4:
-        digits, exponent = f'{mean:.0e}'.split('e')
-        return rf'${digits} \cdot 10^{{{int(exponent)}}}$'
-    if spread is None:
-        decimals = min(2, 2 - int(f'{mean:.2e}'.split('e')[1]))
-        return f'{round(mean, decimals):,.{max(0, decimals)}f}'
-    digit, exponent = f'{spread:.0e}'.split('e')
-    decimals = min(4, max(0, (digit == '1') - int(exponent)))
-    return rf'${mean:.{decimals}f}\,{{\scriptstyle\pm {spread:.{decimals}f}}}$'
+    whole, point, decimals = number.partition('.')
+    cells = [f'\\textbf{{{cell}}}' if best and cell else cell for cell in (whole, point + decimals)]
+    return '&'.join(cells) + (rf'\,{{\scriptsize$\pm${spread}}}' if spread else '')
 
 
 def read(run: str, file: str) -> dict:
@@ -125,10 +124,17 @@ def numbers() -> list[str]:
     return lines
 
 
-def tabular(columns: str, *parts: list[list[str]]) -> list[str]:
-    """The lines of a table whose parts have rules between them and cells in LaTeX already."""
-    lines = [rf'\begin{{tabular}}{{@{{}}{columns}@{{}}}}']
-    for index, part in enumerate(parts):
+def tabular(columns: Iterable[str], *parts: list[list[str]]) -> list[str]:
+    """The lines of a table whose parts have rules between them and cells in LaTeX already.
+
+    A column `d` is one of numbers that are `aligned`; of its head, the first part, each cell is
+    centred above both halves.
+    """
+    head = [[rf'\multicolumn{{2}}{{c}}{{{cell}}}' if kind == 'd' else cell
+             for kind, cell in zip(columns, row)] for row in parts[0]]
+    kinds = ''.join('r@{}l' if kind == 'd' else kind for kind in columns)
+    lines = [rf'\begin{{tabular}}{{@{{}}{kinds}@{{}}}}']
+    for index, part in enumerate([head, *parts[1:]]):
         lines.append(r'\midrule' if index else r'\toprule')
         lines += [' & '.join(cells) + r' \\' for cells in part]
     return [*lines, r'\bottomrule', r'\end{tabular}']
@@ -136,7 +142,7 @@ def tabular(columns: str, *parts: list[list[str]]) -> list[str]:
 
 def ablations(table: str) -> list[str]:
     """The runs with one choice changed each: what was changed, and the last figures, with mean and
-    sample standard deviation where there are several seeds."""
+    sample standard deviation over the seeds."""
     _, shared, columns, choices, seeds, _ = experiments.ABLATIONS[table]
     path = RESULTS / f'ablations_{table}.csv'
     measured, rows = read_csv(path), []
@@ -145,25 +151,32 @@ def ablations(table: str) -> list[str]:
         found = [row for row in measured if row['setting'].partition(' --seed')[0] == setting]
         if len(found) < len(seeds):
             sys.exit(f'measured.py: error: {path} has no row for {setting}')
-        values = {name: [float(row[name]) for row in found] for name in columns}
-        rows.append([CHOICES[choice], *(
-            rounded(name, numbers[0]) if len(seeds) == 1
-            else formatted(statistics.mean(numbers), statistics.stdev(numbers))
-            for name, numbers in values.items())])
-    return tabular('l' + 'r' * len(columns), [['', *(COLUMNS[name] for name in columns)]], rows)
+        rows.append([CHOICES[choice]])
+        for name in columns:
+            values = [float(row[name]) for row in found]
+            rows[-1].append(aligned(rounded(name, statistics.mean(values)),
+                                    rounded(name, statistics.stdev(values))))
+    return tabular('l' + 'd' * len(columns), [['', *(COLUMNS[name] for name in columns)]], rows)
 
 
 def comparison(columns: list[tuple]) -> list[str]:
     """The real digits and the compared models; `columns` is QUALITY or FURTHER."""
     metrics = read('compare', 'metrics.json')
-    rows = []
-    for model, label in {'floor': 'real digits', **experiments.COMPARED}.items():
-        rows.append([label])
-        for name, *_, factor in columns:
-            pair = [metrics.get(f'{model}_{name}{end}') for end in ('', '_spread')]
-            rows[-1].append(formatted(*(value and factor * value for value in pair)))
+    rows = {'floor': ['real digits'], 'floor_bits': ['the same, binarised']}
+    rows |= {model: [label] for model, label in experiments.COMPARED.items()}
+    for name, *_, factor, decimals, better in columns:
+        values = {model: metrics.get(f'{model}_{name}') for model in rows}
+        judged = [values[model] for model in experiments.COMPARED if values[model] is not None]
+        best = better(judged, default=None) if better else None
+        for model, row in rows.items():
+            number, spread = ('' if value is None else f'{factor * value:.{decimals}f}'
+                              for value in (values[model], metrics.get(f'{model}_{name}_spread')))
+            is_best = best is not None and values[model] == best and 'floor' not in model
+            row.append(aligned(number or '--', spread, is_best))
+    shown = [row for row in rows.values() if set(row[1:]) != {'--&'}]
+    real = len(shown) - len(experiments.COMPARED)
     head = [['', *(column[line] for column in columns)] for line in (1, 2)]
-    return tabular('l' + 'r' * len(columns), head, rows[:1], rows[1:])
+    return tabular('l' + 'd' * len(columns), head, shown[:real], shown[real:])
 
 
 def latent_sizes() -> list[str]:
@@ -184,7 +197,7 @@ def commands() -> list[str]:
         rows.append([rf'\texttt{{{escaped(job.name)}}}', rf'\texttt{{{escaped(command)}}}',
                      str(metrics['seed']), threads.group(1) if threads else '--',
                      rounded('train_minutes', metrics['train_minutes'])])
-    return tabular(r'l>{\raggedright\arraybackslash}p{2.55in}rrr',
+    return tabular(['l', r'>{\raggedright\arraybackslash}p{2.55in}', *'rrr'],
                    [['run', r'\texttt{python code/}\dots', 'seed', 'threads', 'minutes']], rows)
 
 

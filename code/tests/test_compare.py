@@ -197,9 +197,11 @@ def test_a_comparison_leaves_its_files_and_the_runs_as_they_were(finished):
 def test_every_run_has_a_row_with_every_measure_that_it_can_have(finished):
     folder, _ = finished
     rows = rows_of(folder.parent)
-    assert list(rows) == ['floor', *RUNS]
+    assert list(rows) == ['floor', 'floor_bits', *RUNS]
     codes, costs = {'reconstruction_rms'}, {'parameters', 'train_minutes'}
-    absent = {'floor': {'test_nll_nats', 'test_bpd'} | codes | costs, 'one_digits': {'test_bpd'},
+    real = {'test_nll_nats', 'test_bpd'} | codes | costs
+    absent = {'floor': real, 'one_digits': {'test_bpd'},
+              'floor_bits': real | {'nearest_train_median', 'near_copy_share'},
               'one_seed43_digits': {'test_bpd'}, 'grey_digits': {'test_nll_nats'},
               'two_digits': {'test_nll_nats', 'test_bpd'} | codes,
               'three_digits': {'test_nll_nats'}}
@@ -224,7 +226,8 @@ def test_the_floor_and_a_run_are_measured_as_by_hand(finished, monkeypatch):
     runs.seed_all(42, 'compared three_digits')
     with torch.no_grad():
         draws = [torch.cat([flow.sample(10).floor() / 255 for _ in range(10)]) for _ in range(2)]
-    for name, those in (('floor', [val.images / 255]), ('three_digits', draws)):
+    for name, those in (('floor', [val.images / 255]), ('three_digits', draws),
+                        ('floor_bits', [bmnist(dataset='digits')[1].images.float()])):
         judged = [judge.measure(images) for images in those]
         for measure in judged[0]:
             assert float(rows[name][measure]) == pytest.approx(

@@ -127,37 +127,28 @@ def test_an_unfinished_run_stops_the_build_with_its_name(results):
         measured.numbers()
 
 
-@pytest.mark.parametrize('mean, spread, text', [
-    (8.2649, 0.4321, r'8.3 \pm 0.4'), (8.2649, 0.1234, r'8.26 \pm 0.12'),
-    (8.2649, 0.096, r'8.26 \pm 0.10'), (0.89712, 0.00351, r'0.897 \pm 0.004'),
-    (164.21, 14.4, r'164 \pm 14'), (164.21, 230., r'164 \pm 230'), (87.2, 0., r'87 \pm 0'),
-    (0.5, 0.0149, r'0.500 \pm 0.015'), (0.147171, 0.000101, r'0.1472 \pm 0.0001'),
-    (1., 1e-8, r'1.0000 \pm 0.0000')])
-def test_a_spread_decides_the_digits(mean, spread, text):
-    mean_text, _, spread_text = text.partition(' ')
-    assert measured.formatted(mean, spread) == rf'${mean_text}\,{{\scriptstyle{spread_text}}}$'
+def test_numbers_meet_at_the_decimal_point_and_only_the_best_is_bold():
+    assert [measured.aligned(*cell) for cell in (('12.3',), ('7',), ('--',))] == [
+        '12&.3', '7&', '--&']
+    assert measured.aligned('8.26', '0.12') == r'8&.26\,{\scriptsize$\pm$0.12}'
+    assert measured.aligned('8.2', best=True) == r'\textbf{8}&\textbf{.2}'
 
 
-@pytest.mark.parametrize('mean, text', [
-    (None, '--'), (0.0, '0.00'), (5.0712, '5.07'), (99.96, '100'), (0.475212, '0.48'),
-    (9.996, '10.0'), (999.6, '1,000'), (31234., '31,200'), (8.04e-8, r'$8 \cdot 10^{-8}$')])
-def test_without_a_spread_there_are_three_digits(mean, text):
-    assert measured.formatted(mean) == text
-
-
-def test_the_comparison_has_a_row_for_real_digits_and_each_model_with_units_above_the_rule(
+def test_the_comparison_has_rows_for_real_digits_and_each_model_and_marks_the_best(
         results, monkeypatch):
-    monkeypatch.setattr(experiments, 'COMPARED', {'gan': 'GAN'})
+    monkeypatch.setattr(experiments, 'COMPARED', {'gan': 'GAN', 'nf': 'flow'})
     (results / 'compare').mkdir()
     (results / 'compare' / 'metrics.json').write_text(json.dumps(
         {'floor_frechet': 5.1, 'gan_frechet': 7.72, 'gan_frechet_spread': 0.91,
-         'gan_class_kl': 0.0014, 'gan_recall': 0.863}))
+         'nf_frechet': 18.0, 'gan_class_kl': 0.0014, 'gan_recall': 0.863, 'nf_recall': 0.9}))
     lines = measured.comparison(measured.QUALITY)
-    assert lines[0] == r'\begin{tabular}{@{}lrrrrrrr@{}}' and lines[-1] == r'\end{tabular}'
-    assert [line.count('&') for line in lines] == [0, 0, 7, 7, 0, 7, 0, 7, 0, 0]
-    assert lines[3] == r' &  &  & $10^{-3}$ & \% & \% &  & \% \\'
-    assert lines[5] == r'real digits & 5.10 & -- & -- & -- & -- & -- & -- \\'
-    assert lines[7] == (r'GAN & $7.7\,{\scriptstyle\pm 0.9}$ & -- & 1.40 & -- & 86.3 & -- & -- \\')
+    assert lines[0] == r'\begin{tabular}{@{}l' + 7 * 'r@{}l' + '@{}}'
+    assert [line.count('&') for line in lines] == [0, 0, 7, 7, 0, 14, 0, 14, 14, 0, 0]
+    empty = ' & --& & --& & --& & --&'
+    assert lines[5] == rf'real digits & 5&.1 & --& & --&{empty} \\'
+    assert lines[7] == (r'GAN & \textbf{7}&\textbf{.7}\,{\scriptsize$\pm$0.9} & --& & '
+                        r'\textbf{1}&\textbf{.4} & --& & 86&.3 & --& & --& \\')
+    assert lines[8] == r'flow & 18&.0 & --& & --& & --& & \textbf{90}&\textbf{.0} & --& & --& \\'
 
 
 def test_the_numbers_need_nothing_but_python(tmp_path):
