@@ -45,8 +45,7 @@ from marginal_likelihood import (ROWS, bernoulli_log_likelihoods, gaussian_log_d
 
 TABLE = ('val_neg_elbo_nats', 'test_neg_elbo_nats', 'test_reconstruction_nats', 'test_kl_nats',
          'test_nll_nats')
-CLASS_COLOURS = np.array(['#3f90da', '#ffa90e', '#bd1f01', '#94a4a2', '#832db6', '#a96b59',
-                          '#e76300', '#b9ac70', '#717581', '#92dadd'])  # Petroff, 2021
+CLASS_COLOURS = np.array(matplotlib.colormaps['tab10'].colors)
 HALO = [withStroke(linewidth=1.5, foreground='white')]  # around letters on colours
 EXAMPLES = {'small': (0.1, 0.9), 'large': (5., 0.01)}  # μ and σ² of question 1.5
 
@@ -296,7 +295,7 @@ def monte_carlo(m: Material, figure: Figure) -> dict[str, float]:
                               alpha=0.25, linewidth=0)
         axes.axhline(1, color='0.4', linewidth=0.8, linestyle=':')
         axes.set(title=f'{model.z_dim} latent dimensions', xlim=(0.7, m.n_naive), ylim=(0.2, 1000),
-                 xlabel='samples' * (i > 1), ylabel='nats below log p(x)' * (i % 2 == 0))
+                 xlabel='samples' * (i > 1), ylabel='nats below reference' * (i % 2 == 0))
     axes.legend(loc='center right', bbox_to_anchor=(1, 0.4))
 
     axes = figure.add_subplot(grid[:, 2])
@@ -309,7 +308,7 @@ def monte_carlo(m: Material, figure: Figure) -> dict[str, float]:
     axes.plot(zdim[beyond], log10[beyond], 'o', color=COLOURS[0], markerfacecolor='white',
               label='extrapolated')
     axes.yaxis.set_major_formatter(lambda power, _: f'$10^{{{power:g}}}$')
-    axes.set(title='naive, within one nat', xlabel='latent dimensions', xticks=zdim,
+    axes.set(title='naive: to within one nat', xlabel='latent dimensions', xticks=zdim,
              ylabel='samples needed')
     axes.legend(loc='lower right')
     write_csv(m.folder / 'monte_carlo.csv', curves)
@@ -507,9 +506,9 @@ def flow_order(m: Material, figure: Figure) -> dict[str, float]:
 # By name: the function, the height in inches, and the runs whose models it needs.
 FIGURES = {draw.__name__: (draw, height, needed) for draw, height, needed in (
     (decodings, 1.35, AUTOENCODERS), (codes, 2.4, AUTOENCODERS),
-    (latent_sizes, 1.55, LATENT_SIZES), (traversals, 3.3, ['vae_z10']),
-    (monte_carlo, 3.3, LATENT_SIZES), (kl_map, 2.2, []), (gan_gradients, 1.9, []),
-    (gan_early, 1.9, []), (dequantisation, 1.9, []), (flow_order, 2.2, []))}
+    (latent_sizes, 1.55, LATENT_SIZES), (traversals, 2.7, ['vae_z10']),
+    (monte_carlo, 3.1, LATENT_SIZES), (kl_map, 1.7, []), (gan_gradients, 1.5, []),
+    (gan_early, 1.5, []), (dequantisation, 1.7, []), (flow_order, 2.1, []))}
 
 
 def load(name: str, args: argparse.Namespace) -> tuple[nn.Module, bytes]:

@@ -476,11 +476,10 @@ def learning_rate(progress: float) -> float:
 def save_bpd_plot(train_curve: list[float], val_curve: list[float], filename: Path) -> None:
     """Bits per dimension over epochs, from the untrained network on, with published marks."""
     curves, asked = {'training': train_curve, 'validation': val_curve}, {'1.85': 1.85}
-    start = max(1, len(val_curve) // 10)
-    figures.save_curves(filename, list(range(len(val_curve))), [
-        {'ylabel': 'bits per dimension', 'curves': curves, 'references': asked},
-        {'ylabel': f'bits per dimension, from epoch {start}', 'curves': curves, 'start': start,
-         'references': asked if val_curve[-1] > 1.2 else PUBLISHED}])
+    panel = {'ylabel': 'bits per dimension', 'curves': curves, 'references': asked}
+    figures.save_curves(filename, list(range(len(val_curve))), [panel, panel | {
+        'start': max(1, len(val_curve) // 10),
+        'references': asked if val_curve[-1] > 1.2 else PUBLISHED}])
 
 
 def save_images(filename: Path, images: Tensor, columns: int | None = None) -> None:

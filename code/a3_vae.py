@@ -327,13 +327,13 @@ def final_estimates(model: VAE, val: Iterable[Tensor], test: Iterable[Tensor],
 
 def save_elbo_plot(train_curve: list[float], val_curve: list[float], filename: Path,
                    references: dict[str, float] | None = None,
-                   ylabel: str = 'lower bound on log p(x), nats') -> None:
+                   ylabel: str = 'lower bound, nats') -> None:
     """The lower bound (not its negative), or what `ylabel` says, from the untrained network on."""
     panel = {'ylabel': ylabel, 'curves': {'training': train_curve, 'validation': val_curve}}
     start = max(1, len(val_curve) // 10)
     figures.save_curves(filename, list(range(len(val_curve))), [
         panel | {'references': references or {}},
-        panel | {'ylabel': f'{ylabel}, from epoch {start}', 'start': start}])
+        panel | {'start': start}])
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ def save_curves(filename: Path | str, x: list[float], panels: list[dict],
     Each panel has `ylabel` and `curves` ({label: values, None where there is none}), and may have
     `references` ({label: height} of horizontal lines) and `start` (the first x to show).
     """
-    with pdf_figure(filename, 2.1) as figure:
+    with pdf_figure(filename, 1.8) as figure:
         all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, panel in zip(all_axes, panels, strict=True):
             first = bisect_left(x, panel.get('start', -math.inf))

@@ -3,8 +3,7 @@ r"""Typeset what the runs of `code/experiments.py` measured: numbers.tex, and ev
 Each number becomes a macro, named after its run and its name in `metrics.json`, or in the last row
 of `log.csv`: `\result{vae_z20}{test_nll_nats}` in the report. A name that no run has is then an
 error of LaTeX, and a run that has not finished is one of this script: either stops the build and
-names it. Texts are escaped, so that nothing in a results file reaches LaTeX as a command. Needs
-nothing but Python.
+names it. No text of a results file reaches LaTeX. Needs nothing but Python.
 
     python3 report/measured.py
 """
@@ -13,7 +12,6 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 REPORT = Path(__file__).resolve().parent
@@ -71,13 +69,6 @@ LATENT_SIZES = ['$J$', r'val.\ $-$ELBO', r'test $-$ELBO', 'reconstruction', 'KL'
                 r'$-\log p(x)$', 'in use']
 
 
-def escaped(text: str) -> str:
-    """The text as LaTeX prints it, letter by letter."""
-    special = {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}',
-               '-': '-{}', **{character: '\\' + character for character in '{}$&#_%'}}
-    return text.translate(str.maketrans(special))
-
-
 def rounded(name: str, value: float) -> str:
     """The value as the report prints it; whole numbers in groups of three digits."""
     if isinstance(value, int):
@@ -124,7 +115,7 @@ def numbers() -> list[str]:
     return lines
 
 
-def tabular(columns: Iterable[str], *parts: list[list[str]]) -> list[str]:
+def tabular(columns: str, *parts: list[list[str]]) -> list[str]:
     """The lines of a table whose parts have rules between them and cells in LaTeX already.
 
     A column `d` is one of numbers that are `aligned`; of its head, the first part, each cell is
@@ -187,26 +178,11 @@ def latent_sizes() -> list[str]:
          for name, value in row.items()] for row in rows])
 
 
-def commands() -> list[str]:
-    """Every run that the report shows: the command that makes it, seed, threads and minutes."""
-    rows = []
-    for job in experiments.MAIN:
-        metrics, config = read(job.name, 'metrics.json'), read(job.name, 'config.json')
-        threads = re.search(r'(\d+) threads$', config['hardware'])
-        command = job.command + f' --data_dir data/{job.data}' * bool(job.data)
-        rows.append([rf'\texttt{{{escaped(job.name)}}}', rf'\texttt{{{escaped(command)}}}',
-                     str(metrics['seed']), threads.group(1) if threads else '--',
-                     rounded('train_minutes', metrics['train_minutes'])])
-    return tabular(['l', r'>{\raggedright\arraybackslash}p{2.55in}', *'rrr'],
-                   [['run', r'\texttt{python code/}\dots', 'seed', 'threads', 'minutes']], rows)
-
-
 def main() -> None:
     files = {f'tables/ablations_{table}': ablations(table) for table in experiments.ABLATIONS}
     # The numbers last: they are what make looks at, so a fault in a table must not leave them new.
     files |= {'tables/quality': comparison(QUALITY), 'tables/further': comparison(FURTHER),
-              'tables/latent_sizes': latent_sizes(), 'tables/commands': commands(),
-              'numbers': numbers()}
+              'tables/latent_sizes': latent_sizes(), 'numbers': numbers()}
     for name, lines in files.items():
         write_text(REPORT / f'{name}.tex', '\n'.join(lines) + '\n')
 
