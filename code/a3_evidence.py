@@ -376,16 +376,17 @@ def gan_gradients(m: Material, figure: Figure) -> dict[str, float]:
 
 
 def gan_early(m: Material, figure: Figure) -> dict[str, float]:
-    """D(G(z)) and the norm of the gradient that reaches the generator in the first steps of the
-    template's GAN, with either loss of the generator, from the same weights on the same images."""
+    """D(G(z)) in the first steps of the template's GAN, trained with either loss of the generator
+    from the same weights on the same images; and the norm of the saturating loss's gradient,
+    divided by that of the other loss's for the same weights and images."""
     args, images, curves = a3_gan.parse_args(TEMPLATE_GAN.split()), m.train.images, {}
-    for name, loss in GENERATOR_LOSSES.items():
+    for name in GENERATOR_LOSSES:
         torch.manual_seed(0)
         generator, discriminator = (net.to(images.device) for net in a3_gan.make_model(args))
         optimizer_G, optimizer_D = (
             torch.optim.Adam(net.parameters(), args.lr, (args.beta1, args.beta2))
             for net in (generator, discriminator))
-        d_fakes, norms = [], []
+        d_fakes, ratios, weights = [], [], list(generator.parameters())
         for batch in images[torch.randperm(len(images))].split(args.batch_size)[:m.steps]:
             fakes = generator(torch.randn(len(batch), args.latent_dim, device=images.device))
             optimizer_D.zero_grad()
@@ -393,14 +394,17 @@ def gan_early(m: Material, figure: Figure) -> dict[str, float]:
                                       discriminator(fakes.detach())).backward()
             optimizer_D.step()
             logits = discriminator(fakes)
-            optimizer_G.zero_grad()
-            loss(logits).backward()
+            gradients = {each: torch.autograd.grad(loss_G(logits), weights, retain_graph=True)
+                         for each, loss_G in GENERATOR_LOSSES.items()}
+            for weight, gradient in zip(weights, gradients[name], strict=True):
+                weight.grad = gradient
             optimizer_G.step()
             d_fakes.append(float(logits.detach().sigmoid().mean()))
-            norms.append(float(nn.utils.get_total_norm([w.grad for w in generator.parameters()])))
-        curves |= {f'{name}_d_fake': d_fakes, f'{name}_gradient_norm': norms}
-    for axes, kind, ylabel in zip(figure.subplots(1, 2), ('d_fake', 'gradient_norm'), (
-            'mean D(G(z))', "norm of G's gradient"), strict=True):
+            norms = {each: nn.utils.get_total_norm(found) for each, found in gradients.items()}
+            ratios.append(float(norms['saturating'] / norms['non_saturating']))
+        curves |= {f'{name}_d_fake': d_fakes, f'{name}_gradient_ratio': ratios}
+    for axes, kind, ylabel in zip(figure.subplots(1, 2), ('d_fake', 'gradient_ratio'), (
+            'mean D(G(z))', 'ratio of gradients'), strict=True):
         for name in GENERATOR_LOSSES:  # in the colours of `gan_gradients`
             axes.plot(curves[f'{name}_{kind}'])
         axes.set(xlabel='step', ylabel=ylabel, yscale='log')

@@ -23,10 +23,11 @@ from files import read_csv, write_text  # noqa: E402
 
 # How metrics are printed, by the end of their names, `_floor` aside: the longest end that fits.
 FORMATS = {'bpd': '.3f', 'bpd_iw': '.3f', 'class_kl': '.4f', 'log10': '.1f', 'frechet': '.1f',
-           'frechet_fitted': '.1f', 'frechet_spread': '.1f', 'per_second': ',.0f',
+           'frechet_fitted': '.1f', 'frechet_spread': '.1f', 'frechet_cool': '.1f',
            'copy_share': '.3f', 'nats': '.1f', 'minutes': '.1f', 'memory_mb': '.0f',
            'accuracy': '.3f', 'loss_nats': '.2f', 'share_min': '.3f', 'share_max': '.3f',
-           'max_error': '.1e', '': '.2f'}
+           'max_error': '.1e',
+           'share_off_float32': '.3f', '': '.2f'}
 # What a choice of the ablations means, for those who do not know the flags.
 CHOICES = {
     '': 'our setting, for the same number of epochs',
@@ -60,7 +61,7 @@ QUALITY = [('frechet', r"Fr\'echet", r'$\downarrow$', 1, 1, min),
 FURTHER = [('nearest_train_median', 'nearest', '', 1, 2, None),
            ('near_copy_share', 'copies', r'\%', 100, 2, None),
            ('test_nll_nats', r'$-\log p$', r'nats\,$\downarrow$', 1, 1, None),
-           ('test_bpd', r'$-\log p \leq$', r'bits/dim\,$\downarrow$', 1, 3, min),
+           ('test_bpd', r'$-\log p$', r'bits/dim\,$\downarrow$', 1, 3, min),
            ('reconstruction_rms', 'decoding', 'rms', 1, 3, None),
            ('parameters', 'weights', '$10^6$', 1e-6, 2, None),
            ('train_minutes', 'training', 'min', 1, 1, None),

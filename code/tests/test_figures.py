@@ -47,7 +47,7 @@ def test_curves_are_a_vector_pdf_with_embedded_fonts_and_their_numbers_beside_it
     content = (tmp_path / 'a.pdf').read_bytes()
     assert content.startswith(b'%PDF') and b'/FontFile2' in content and b'/Type3' not in content
     assert b'/Subtype /Image' not in content
-    assert b'/MediaBox [ 0 0 396 151.2 ' in content  # 5.5 in by 2.1 in, at 72 points an inch
+    assert b'/MediaBox [ 0 0 396 129.6 ' in content  # 5.5 in by 1.8 in, at 72 points an inch
     assert (tmp_path / 'a.csv').read_text() == (
         'step,training,validation,rate\n0,1,3,5\n1,0.333333,2,4\n2,2,1,3\n3,1,1,2\n4,1,1,1\n')
 
