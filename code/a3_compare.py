@@ -17,16 +17,12 @@ run (`measures.csv`) and each model (`metrics.json`).
 """
 
 import argparse
-import copy
 import hashlib
 import json
 import shlex
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -60,69 +56,50 @@ COSTS = 'parameters', 'train_minutes', 'images_per_second'  # taken from a model
 # --- the models ----------------------------------------------------------------------------------
 
 
-class Kind(NamedTuple):
-    """What the models of one script have in common.
+def sample(network: nn.Module, n: int) -> Tensor:
+    """n samples, (n, 784) in [0, 1]. Of a VAE they are means of p(x|z), since draws have
+    independent noise on every pixel; of a flow whole grey values, as the data are."""
+    if isinstance(network, a3_vae.VAE):
+        return network.sample(n)[1]
+    if isinstance(network, a3_nf.Model):
+        return network.sample(n).clamp(0, 255).floor() / 255
+    device = next(network.parameters()).device
+    return a3_gan.sample(network, torch.randn(n, network.latent_dim, device=device))
 
-    `part` is the checkpoint's name of the network that `make` makes from the run's arguments.
-    `sampler` takes it and gives a function that draws N samples, (N, 784) in [0, 1].
-    `errors` takes it and the same images with values 0 to 255 and with 0 and 1, and gives decoded
-    minus encoded images, (N, 784), in units of a pixel's range.
+
+def decoding_errors(network: nn.Module, grey: Tensor, bits: Tensor) -> Tensor | None:
+    """Decoded minus encoded images, (N, 784), in units of a pixel's range; None for a GAN.
+
+    `grey` has values 0 to 255, `bits` 0 and 1. A VAE decodes the mean codes of images as it was
+    trained on them; the errors of a flow's inverse, in float64, are rounding.
     """
-    script: ModuleType
-    part: str
-    make: Callable[[argparse.Namespace], nn.Module]
-    sampler: Callable[[nn.Module], Callable[[int], Tensor]]
-    errors: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
+    if isinstance(network, a3_vae.VAE):
+        is_grey = isinstance(network.decoder, a3_vae.LogisticDecoder)
+        x = grey / 255 if is_grey else bits
+        return network.decoder(network.encoder(x)[0]) - x
+    if isinstance(network, a3_nf.Model):
+        precise = torch.float32 if grey.device.type == 'mps' else torch.float64
+        batches = [(rows, None) for rows in grey.split(a3_nf.EVAL_BATCH)]
+        return a3_nf.roundtrip_errors(network, batches, precise) / 256
+    return None
 
 
-def vae_sampler(model: a3_vae.VAE) -> Callable[[int], Tensor]:
-    """Means of p(x|z), since draws from it have independent noise on every pixel."""
-    return lambda n: model.sample(n)[1]
-
-
-def gan_sampler(averaged: a3_gan.Generator) -> Callable[[int], Tensor]:
-    """Images of the running average of the generator."""
-    device = next(averaged.parameters()).device
-    return lambda n: a3_gan.sample(averaged, torch.randn(n, averaged.latent_dim, device=device))
-
-
-def flow_sampler(model: a3_nf.Model) -> Callable[[int], Tensor]:
-    """Whole grey values, as the data are, without the noise that made a density of them."""
-    return lambda n: model.sample(n).clamp(0, 255).floor() / 255
-
-
-def vae_errors(model: a3_vae.VAE, grey: Tensor, bits: Tensor) -> Tensor:
-    """The errors of the mean image of the mean code, on images as the model is trained on them."""
-    is_grey = isinstance(model.decoder, a3_vae.LogisticDecoder)
-    x = grey / 255 if is_grey else bits
-    return model.decoder(model.encoder(x)[0]) - x
-
-
-def flow_errors(model: a3_nf.Model, grey: Tensor, bits: Tensor) -> Tensor:
-    """The errors of the inverse, which are rounding, in float64."""
-    precise = torch.float32 if grey.device.type == 'mps' else torch.float64  # mps has no other
-    model = copy.deepcopy(model).to(precise)
-    batches = model.dequantize(grey.to(precise)).split(a3_nf.EVAL_BATCH)
-    return torch.cat([model.decode(model.encode(x)[0]) - x for x in batches]) / 256
-
-
-KINDS = {
-    'a3_vae': Kind(a3_vae, 'model', a3_vae.make_model, vae_sampler, vae_errors),
-    'a3_gan': Kind(a3_gan, 'averaged', lambda args: a3_gan.make_model(args)[0], gan_sampler),
-    'a3_nf': Kind(a3_nf, 'model', a3_nf.make_model, flow_sampler, flow_errors),
-}
+NETWORKS = {  # of each script: the module, its network's name in a checkpoint, and what makes it
+    'a3_vae': (a3_vae, 'model', a3_vae.make_model),
+    'a3_gan': (a3_gan, 'averaged', lambda args: a3_gan.make_model(args)[0]),
+    'a3_nf': (a3_nf, 'model', a3_nf.make_model)}
 
 
 # --- measures ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def draw(sampler: Callable[[int], Tensor], n: int) -> tuple[Tensor, float]:
+def draw(network: nn.Module, n: int) -> tuple[Tensor, float]:
     """n samples (n, 784) in [0, 1], in 8 bits like the data, and the median of images a second."""
     blocks, rates = [], []
     for _ in range(N_BLOCKS):
         start = time.perf_counter()
-        block = sampler(n // N_BLOCKS)
+        block = sample(network, n // N_BLOCKS)
         blocks.append((255 * block).round().cpu() / 255)  # .cpu() waits for the device
         rates.append(len(block) / (time.perf_counter() - start))
     return torch.cat(blocks).to(block.device), statistics.median(rates)
@@ -229,11 +206,11 @@ def load_all(args: argparse.Namespace, jobs: list[Job], dataset: str) -> dict[st
                        + ' && '.join(commands))
     networks = {}
     for job in jobs:
-        kind = KINDS[job.script]
+        script, part, make = NETWORKS[job.script]
         runs.seed_all(args.seed, job.name)
         networks[job.name] = (
-            kind.make(kind.script.parse_args(job.words)).eval() if args.dry_run else
-            runs.load_trained(args.results_dir / job.name, job.script, kind.part, kind.make))
+            make(script.parse_args(job.words)).eval() if args.dry_run else
+            runs.load_trained(args.results_dir / job.name, job.script, part, make))
     return networks
 
 
@@ -298,23 +275,23 @@ def main(args: argparse.Namespace) -> None:
     samples = {'real digits': real_test} | dict.fromkeys(COMPARED.values())
     for model in names:
         for job in jobs[model]:
-            run, kind, network = job.name, KINDS[job.script], networks[job.name].to(device)
+            run, network = job.name, networks[job.name].to(device)
             content = b'{}' if args.dry_run else (
                 args.results_dir / run / 'metrics.json').read_bytes()
             trained, digests[run] = json.loads(content), hashlib.sha256(content).hexdigest()
             bpd = trained.get('test_bpd', trained.get('test_neg_elbo_bpd'))
             runs.seed_all(args.seed, f'compared {run}')
-            sampler, again = kind.sampler(network), 0 if args.dry_run else N_DRAWS - 1
-            images, rate = draw(sampler, n)
-            judged = [judge.measure(images)] + [
-                judge.measure(draw(sampler, n)[0]) for _ in range(again)]
+            images, rate = draw(network, n)
+            again = range(0 if args.dry_run else N_DRAWS - 1)
+            judged = [judge.measure(images)] + [judge.measure(draw(network, n)[0]) for _ in again]
             with torch.no_grad():
-                rms = kind.errors and float(kind.errors(network, *decoded).square().mean().sqrt())
+                errors = decoding_errors(network, *decoded)
             copies, _ = copy_measures(images, real_train, real_val, threshold)
             rows[run] = {'run': run} | {
                 name: statistics.mean(measured[name] for measured in judged)
                 for name in judged[0]} | copies | {
-                'reconstruction_rms': rms,
+                'reconstruction_rms': (
+                    None if errors is None else float(errors.square().mean().sqrt())),
                 'test_nll_nats': trained.get('test_nll_nats') if bpd is None else None,
                 'test_bpd': bpd, 'parameters': trained.get('parameters'),
                 'train_minutes': trained.get('train_minutes'), 'images_per_second': rate}

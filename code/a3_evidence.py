@@ -130,33 +130,16 @@ def nearest_neighbours(train_z: Tensor, train_y: Tensor, z: Tensor, k: int = 10)
     return F.one_hot(train_y[near], measures.N_CLASSES).sum(1).argmax(1)
 
 
-def linear_probe(train_z: Tensor, train_y: Tensor, z: Tensor) -> Tensor:
-    """Classes by logistic regression on standardised codes: (N, D), (N,), (M, D) to (M,)."""
-    mean, std = train_z.mean(0), train_z.std(0) + 1e-6
-    inputs, head = (train_z - mean) / std, nn.Linear(len(std), measures.N_CLASSES).to(train_z)
-    nn.init.zeros_(head.weight)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn='strong_wolfe')
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        nats = F.cross_entropy(head(inputs), train_y)
-        nats.backward()
-        return nats
-    optimizer.step(loss)
-    return head((z - mean) / std).argmax(1)
-
-
 def codes(m: Material, figure: Figure) -> dict[str, float]:
     """Show the two-dimensional mean codes of the test images, by class, and the prior as circles.
 
-    The numbers: how accurately the nearest training codes, or a linear probe, predict the class.
+    The numbers: how accurately the nearest training codes predict the class.
     """
     probes, y = [], m.test.labels
     for run in AUTOENCODERS:
         train_z, z = (m.models[run].encoder(bits)[0] for bits in (m.train_bits, m.test_bits))
-        probes.append({'model': run} | {
-            f'{name}_accuracy': float((predict(train_z, m.train.labels, z) == y).float().mean())
-            for name, predict in (('knn', nearest_neighbours), ('linear', linear_probe))})
+        found = nearest_neighbours(train_z, m.train.labels, z)
+        probes.append({'model': run, 'knn_accuracy': float((found == y).float().mean())})
     labels = y.cpu()
     columns = {'class': labels}
     angle, radius = torch.linspace(0, 2 * math.pi, 181)[:, None], torch.arange(1, 4)
@@ -409,9 +392,8 @@ def gan_early(m: Material, figure: Figure) -> dict[str, float]:
             axes.plot(curves[f'{name}_{kind}'])
         axes.set(xlabel='step', ylabel=ylabel, yscale='log')
     write_columns(m.folder / 'gan_early.csv', step=range(len(d_fakes)), **curves)
-    last = {name: torch.tensor(values[-len(values) // 3:]).median().item()
+    return {f'{name}_median': torch.tensor(values[-len(values) // 3:]).median().item()
             for name, values in curves.items()}
-    return {f'{name}_median': value for name, value in last.items()}
 
 
 def mixture_log_density(x: Tensor, weights: Tensor) -> Tensor:

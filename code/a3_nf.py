@@ -427,11 +427,11 @@ def importance_weighted_bpd(model: Model, data: Batches, draws: int) -> float:
 
 @torch.no_grad()
 def roundtrip_errors(model: Model, data: Batches, dtype: torch.dtype) -> Tensor:
-    """The largest error of a pixel of decode(encode(x + u)), in grey levels, for each image, (N,).
-    In float32 rounding may move a pixel past a whole value, which changes what networks see."""
+    """decode(encode(x + u)) − (x + u) of each pixel, in grey levels, (N, 784), u ~ U[0, 1)^784. In
+    float32 rounding may move a pixel past a whole value, which changes what networks see."""
     model = copy.deepcopy(model).to(dtype)
     dequantized = (model.dequantize(images.to(dtype)) for images, _ in data)
-    return torch.cat([(model.decode(model.encode(x)[0]) - x).abs().amax(1) for x in dequantized])
+    return torch.cat([model.decode(model.encode(x)[0]) - x for x in dequantized])
 
 
 @torch.no_grad()
@@ -450,7 +450,7 @@ def final_estimates(model: Model, classifier: measures.DigitClassifier, val: Loa
     bpd = {'val_bpd': epoch_iter(model, evaluated(val, seed)), 'test_bpd': epoch_iter(model, test)}
     if isinstance(model.flow, Flow):  # the other's density is constant where the noise falls
         bpd |= {'test_bpd_iw': importance_weighted_bpd(model, test, 8), 'iw_draws': 8}
-    errors = [roundtrip_errors(model, test.head(1000), dtype) for dtype in (
+    errors = [roundtrip_errors(model, test.head(1000), dtype).abs().amax(1) for dtype in (
         torch.float32 if device.type == 'mps' else torch.float64, torch.float32)]
     return bpd | {
         'val_frechet': on_val.glance(samples)['frechet'],

@@ -6,6 +6,7 @@ import json
 import shutil
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import matplotlib.image
@@ -82,7 +83,8 @@ def test_near_copies_are_nearer_to_training_images_than_test_images_are():
 def test_samples_have_8_bits_and_the_speed_is_that_of_the_median_block(monkeypatch):
     ticks = iter([0, 1] * 4 + [0, 100] + [0, 2] * 5)
     monkeypatch.setattr(time, 'perf_counter', lambda: next(ticks))
-    images, rate = a3_compare.draw(lambda n: torch.rand(n, 784), 200)
+    monkeypatch.setattr(a3_compare, 'sample', lambda _, n: torch.rand(n, 784))
+    images, rate = a3_compare.draw(None, 200)
     assert images.shape == (200, 784) and rate == 10  # blocks of 20 take 1, 2 or 100
     levels = 255 * images
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
@@ -93,16 +95,15 @@ def test_each_kind_of_model_is_sampled_as_its_script_says():
     torch.manual_seed(6)
     vae, generator = a3_vae.VAE(16, 3, 1).eval(), a3_gan.Generator(8).eval()
     flow = a3_nf.Model([784], a3_nf.AutoregressiveFlow(4, 1))  # at first uniform
-    draw_digits = a3_compare.gan_sampler(generator)
     drawn, expected = [], []
     for results, vae_sample, gan_sample in (
-            (drawn, a3_compare.vae_sampler(vae), draw_digits),
+            (drawn, partial(a3_compare.sample, vae), partial(a3_compare.sample, generator)),
             (expected, lambda n: vae.sample(n)[1],
              lambda n: a3_gan.sample(generator, torch.randn(n, 8)))):
         torch.manual_seed(7)
         results += [vae_sample(6), gan_sample(6).detach()]
     assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
-    images = a3_compare.flow_sampler(flow)(50)
+    images = a3_compare.sample(flow, 50)
     assert images.unique().numel() == 256 and (images.min(), images.max()) == (0, 1)
 
 
@@ -113,7 +114,7 @@ def test_the_vae_decodes_what_it_was_trained_on(likelihood):
     grey = torch.randint(0, 256, (5, 784)).float()
     bits = (grey > 128).float()
     with torch.no_grad():
-        errors = a3_compare.vae_errors(model, grey, bits)
+        errors = a3_compare.decoding_errors(model, grey, bits)
         x = bits if likelihood == 'bernoulli' else grey / 255
         expected = model.decoder(model.encoder(x)[0]) - x
     torch.testing.assert_close(errors, expected, rtol=0, atol=0)
@@ -125,7 +126,8 @@ def test_the_flow_decodes_exactly():
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.1)
     with torch.no_grad():
-        errors = a3_compare.flow_errors(model, torch.randint(0, 256, (300, 784)).float(), None)
+        errors = a3_compare.decoding_errors(
+            model, torch.randint(0, 256, (300, 784)).float(), None)
     assert errors.shape == (300, 784) and 0 < errors.abs().max() < 1e-9
 
 
@@ -276,11 +278,11 @@ def test_the_figure_is_pixel_for_pixel_what_was_drawn(finished, monkeypatch):
         assert (found[::2, ::2] == found[1::2, 1::2]).all()
         assert (found[::2, ::2] == test.images[index].view(28, 28).numpy()).all()
     for i, name, script in ((1, 'one_digits', 'a3_vae'), (4, 'three_digits', 'a3_nf')):
-        kind = a3_compare.KINDS[script]
-        network = runs.load_trained(folder.with_name(name), script, kind.part, kind.make)
+        _, part, make = a3_compare.NETWORKS[script]
+        network = runs.load_trained(folder.with_name(name), script, part, make)
         runs.seed_all(42, f'compared {name}')
         with torch.no_grad():
-            first = (255 * kind.sampler(network)(10)[0]).round().view(28, 28).numpy()
+            first = (255 * a3_compare.sample(network, 10)[0]).round().view(28, 28).numpy()
         assert (shown[i][:56:2, 200:256:2] == first).all()
     assert all(strip[:, :200].min() < 100 for strip in shown)  # labels
 
