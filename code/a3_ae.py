@@ -72,7 +72,7 @@ def decodings(model: AutoEncoder, n: int) -> Tensor:
 # --- the run -------------------------------------------------------------------------------------
 
 
-def build_parser() -> Parser:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add('--epochs', type=whole_number(1), default=40)
@@ -84,11 +84,6 @@ def build_parser() -> Parser:
     add('--batch_size', type=whole_number(1), default=128)
     add('--lr', type=number(0), help="highest learning rate (default: the VAE's)")
     parser.add_shared_arguments()
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = build_parser()
     vae = a3_vae.parse_args([f'--zdim={parser.parse_args(argv).zdim}'])
     parser.set_defaults(hidden_dim=vae.hidden_dim, lr=vae.lr)
     args = parser.parse_args(argv)
@@ -123,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
         figures.save_grid(run.path('sample.png'), decodings(model, args.sample))
         print(run.path('sample.png'))
         return
-    if not run.begin(len(train)):
+    if not run.begin():
         return
 
     for epoch in run.epochs():

@@ -286,10 +286,9 @@ def learning_rate(progress: float) -> float:
 def watched(real: Loader, averaged: Generator, z: Tensor, interval: int, epoch: int, run: runs.Run
             ) -> Iterator[Tensor]:
     """The epoch's batches, in [−1, 1]; every `interval` batches, samples of z go into a file."""
-    batches = run.track(images / 127.5 - 1 for images, _ in real)
-    for n, images in enumerate(batches, start=(epoch - 1) * len(real) + 1):
+    for n, (images, _) in enumerate(run.track(real), start=(epoch - 1) * len(real) + 1):
         if len(images) > 1:  # batch statistics, which `mlp` has, need two
-            yield images
+            yield images / 127.5 - 1
         if n % interval == 0 and processes.rank() == 0:
             figures.save_grid(run.path('samples_latest.png'), sample(averaged, z))
 
@@ -350,7 +349,7 @@ def save_interpolations(averaged: Generator, classifier: measures.DigitClassifie
 # --- the run -------------------------------------------------------------------------------------
 
 
-def build_parser() -> Parser:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add('--n_epochs', '--epochs', type=whole_number(1), default=50, dest='epochs')
@@ -374,11 +373,6 @@ def build_parser() -> Parser:
     add('--average', type=number(0, 0.9999), default=0.999,
         help='decay of the running average of the generator, which draws the samples; 0 for none')
     parser.add_shared_arguments()
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = build_parser()
     args = parser.parse_args(argv)
     args.name = parser.run_name('gan', args)
     return args
@@ -414,7 +408,7 @@ def main(args: argparse.Namespace) -> None:
         figures.save_grid(run.path('sample.png'), sample(averaged, z))
         print(run.path('sample.png'))
         return
-    if not run.begin(len(real)):
+    if not run.begin():
         return
 
     if processes.rank() == 0:

@@ -510,7 +510,7 @@ def save_interpolations(model: Model, images: Tensor, labels: Tensor, run: runs.
 # --- the run -------------------------------------------------------------------------------------
 
 
-def build_parser() -> Parser:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add('--epochs', type=whole_number(1), help='default: 9, with mlp 40')
@@ -532,11 +532,6 @@ def build_parser() -> Parser:
     add('--temperature', type=number(0), default=1.,
         help='what --sample multiplies the latents by: below 1, pixels are nearer their medians')
     parser.add_shared_arguments()
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = build_parser()
     arch = parser.parse_args(argv).arch
     parser.set_defaults(**DEFAULTS[arch])
     args = parser.parse_args(argv)
@@ -595,7 +590,7 @@ def main(args: argparse.Namespace) -> None:
         save_images(run.path('sample.png'), images)
         print(run.path('sample.png'))
         return
-    if not run.begin(len(train)):
+    if not run.begin():
         return
     if processes.rank() == 0:
         classifier = measures.load_classifier(args.results_dir, train, val)

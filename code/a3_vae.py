@@ -363,7 +363,7 @@ def save_reconstructions(model: nn.Module, images: Tensor, run: runs.Run,
 # --- the run -------------------------------------------------------------------------------------
 
 
-def build_parser() -> Parser:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add('--epochs', type=whole_number(1), default=40, help='passes over the training images')
@@ -385,11 +385,6 @@ def build_parser() -> Parser:
         help='importance samples for log p(x) of each test image; with two latent dimensions and '
              'bernoulli it is integrated instead')
     parser.add_shared_arguments()
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = build_parser()
     first = parser.parse_args(argv)
     grey = first.likelihood == 'logistic'
     parser.set_defaults(**(GREY if grey else FEW if first.zdim < 5 else MANY))
@@ -427,7 +422,7 @@ def main(args: argparse.Namespace) -> None:
             figures.save_grid(run.path(f'sample_{kind}.png'), images)
             print(run.path(f'sample_{kind}.png'))
         return
-    if not run.begin(len(train)):  # resumes, or clears the folder; False if this run is finished
+    if not run.begin():  # resumes, or clears the folder; False if this run is finished
         return
 
     for epoch in run.epochs():  # from 0, the untrained network, each with a seed of its own

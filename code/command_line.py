@@ -26,10 +26,6 @@ NEUTRAL = ('device', 'data_dir', 'results_dir', 'run', 'name', 'dataset', 'resum
            'dry_run', 'sample', 'save_interval', 'temperature')
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: someone else wants the process to end."""
-
-
 class RunError(Exception):
     """Something that a run cannot go on with, in one line, and the exit status to end with."""
 
@@ -147,12 +143,6 @@ def number(least: float, most: float = math.inf) -> Callable[[str], float]:
     return parse
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device, or the processor's memory, had no room for a tensor."""
-    return (isinstance(error, MemoryError | torch.OutOfMemoryError)
-            or 'DefaultCPUAllocator' in str(error) or 'MPS backend out of memory' in str(error))
-
-
 def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Run `main(args)`, a dry run in a temporary folder; end what fails as this module promises.
     """
@@ -171,7 +161,7 @@ def exit_status(main: Callable[[argparse.Namespace], None], args: argparse.Names
     trains = getattr(args, 'sample', True) is None
 
     def terminate(*_) -> None:
-        raise Terminated
+        raise KeyboardInterrupt('terminated')
 
     def complain(error: Exception | str) -> None:
         processes.let_the_first_speak()
@@ -187,9 +177,8 @@ def exit_status(main: Callable[[argparse.Namespace], None], args: argparse.Names
         return 0
     except (KeyboardInterrupt, processes.Lost) as stop:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, while this is printed
-        ended, status = (('terminated', 143) if isinstance(stop, Terminated) else
-                         ('interrupted', 130) if isinstance(stop, KeyboardInterrupt) else
-                         (str(stop), 1))
+        ended = str(stop) or 'interrupted'  # Ctrl-C says nothing
+        status = {'interrupted': 130, 'terminated': 143}.get(ended, 1)
         words = [word for word in sys.argv if word not in ('--resume', '--overwrite')]
         goes_on = (f'; go on with: {processes.launcher()} {shlex.join(words)} --resume'
                    if trains and not args.dry_run else '')
@@ -200,7 +189,9 @@ def exit_status(main: Callable[[argparse.Namespace], None], args: argparse.Names
         complain(error)
         return getattr(error, 'status', 2)
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError)
+                or 'DefaultCPUAllocator' in str(error)
+                or 'MPS backend out of memory' in str(error)):
             raise
         complain(f'not enough memory for these arguments: {error}')
         return 2

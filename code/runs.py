@@ -194,20 +194,16 @@ def fingerprint(main: Main, args: argparse.Namespace) -> dict:
             torch.set_num_threads(threads)
         [folder] = (path.parent for path in Path(results_dir).glob('*/metrics.json')
                     if path.parent.name != 'classifier_digits')
-        return {'torch': torch.__version__, 'numbers': numbers_of(folder)}
-
-
-def numbers_of(folder: Path) -> dict[str, float]:
-    """The numbers in a folder, by name: from log.csv, metrics.json and the grids of samples."""
-    numbers = {name: value for name, value in read_json(folder / 'metrics.json').items()
-               if isinstance(value, int | float)}
-    if (folder / 'log.csv').is_file():
-        numbers |= {f'epoch{row["epoch"]}_{name}': float(value) for row in read_csv(
-            folder / 'log.csv') for name, value in row.items() if value and name != 'epoch'}
-    numbers |= {path.stem: float(f'{imread(path)[..., 0].mean():.6g}')
-                for path in sorted(folder.glob('*samples_epoch*.png'))}
-    return {name: value for name, value in numbers.items()
-            if not any(part in name for part in UNSTABLE)}
+        numbers = {name: value for name, value in read_json(folder / 'metrics.json').items()
+                   if isinstance(value, int | float)}
+        if (folder / 'log.csv').is_file():
+            numbers |= {f'epoch{row["epoch"]}_{name}': float(value) for row in read_csv(
+                folder / 'log.csv') for name, value in row.items() if value and name != 'epoch'}
+        numbers |= {path.stem: float(f'{imread(path)[..., 0].mean():.6g}')
+                    for path in sorted(folder.glob('*samples_epoch*.png'))}
+    return {'torch': torch.__version__, 'numbers': {
+        name: value for name, value in numbers.items()
+        if not any(part in name for part in UNSTABLE)}}
 
 
 def read_json(path: Path) -> Any:
@@ -340,7 +336,6 @@ class Run:
         self.folder: Path = args.results_dir / name
         self.rows: list[dict] = []
         self.config = describe(main, args, source, device)
-        self.bar = tqdm(disable=True)
 
     def path(self, name: str) -> Path:
         """The path of a file of this run."""
@@ -370,14 +365,14 @@ class Run:
                 '; --overwrite replaces it, --resume needs the same arguments and code'
                 if not names else ''))
 
-    def begin(self, batches: int) -> bool:
+    def begin(self) -> bool:
         """Make the folder, or with `--resume` continue from its checkpoint.
 
         Returns False if this very run has finished already, so that there is nothing to do. Raises
-        RunError rather than lose a checkpoint or mix two runs. `batches` is the number in an
-        epoch, for the progress bar. Of several processes, the others begin where the first does.
+        RunError rather than lose a checkpoint or mix two runs. Of several processes, the others
+        begin where the first does.
         """
-        begun = processes.first(lambda: self.make_ready(batches) and (self.rows, {
+        begun = processes.first(lambda: self.make_ready() and (self.rows, {
             name: part.state_dict() for name, part in self.parts.items()}))
         if begun and processes.rank():
             self.rows, states = begun
@@ -385,7 +380,7 @@ class Run:
                 part.load_state_dict(states[name])
         return bool(begun)
 
-    def make_ready(self, batches: int) -> bool:
+    def make_ready(self) -> bool:
         """What `begin` does in the first process."""
         args, finished = self.args, self.path('metrics.json').is_file()
         weights = self.path('checkpoint.pt').is_file()
@@ -420,8 +415,6 @@ class Run:
         for path in self.folder.glob('*.tmp'):  # left by a run that was killed while writing
             path.unlink()
         write_json(self.path('config.json'), self.config)
-        self.bar = tqdm(total=args.epochs * batches, disable=not sys.stderr.isatty(),
-                        initial=max(0, len(self.rows) - 1) * batches, unit='batch', leave=False)
         return True
 
     def hold(self) -> None:
@@ -463,10 +456,9 @@ class Run:
             yield epoch
 
     def track(self, batches: Iterable) -> Iterator:
-        """The batches of an epoch to train on, which move the progress bar as they go by."""
-        for batch in batches:
-            yield batch
-            self.bar.update()
+        """The batches of an epoch to train on, with a progress bar on a terminal."""
+        yield from tqdm(batches, f'epoch {len(self.rows)}', unit='batch', leave=False,
+                        disable=processes.rank() > 0 or None)
 
     def check_finite(self, row: dict) -> None:
         """Raise RunError, with exit status 1, if a number in the epoch's row is not finite."""
@@ -482,16 +474,12 @@ class Run:
         save_tensors(self.path('checkpoint.pt'), {
             'format': CHECKPOINT_FORMAT, 'script': self.config['script'], 'rows': self.rows,
             'parts': {name: part.state_dict() for name, part in self.parts.items()}})
-        figures = [f'{name} {value:.4g}' for name, value in row.items()
-                   if name != 'epoch' and value is not None]
-        if self.bar.disable:
-            print(f'epoch {row["epoch"]}/{self.args.epochs}  ' + '  '.join(figures), flush=True)
-        else:
-            self.bar.set_postfix_str(', '.join(figures))
+        print(f'epoch {row["epoch"]}/{self.args.epochs}  ' + '  '.join(
+            f'{name} {value:.4g}' for name, value in row.items()
+            if name != 'epoch' and value is not None), flush=True)
 
     def finish(self, metrics: dict) -> None:
         """Write `metrics.json`, which says that the run has ended, and print it with all files."""
-        self.bar.close()
         metrics = finite(metrics | {
             'data': self.config['data']['description'], 'seed': self.args.seed,
             'epochs': self.args.epochs,

@@ -42,7 +42,7 @@ def main(args: argparse.Namespace, until: int = 1000) -> None:
     """A random walk of the weights, cut off after epoch `until`."""
     run = make_run(args)
     weight = run.parts['model'].weight
-    if not run.begin(batches=3):
+    if not run.begin():
         return
     for epoch in run.epochs():
         with torch.no_grad():
@@ -177,7 +177,7 @@ def test_a_folder_of_something_else_is_left_alone(train, tmp_path, config, words
 def test_a_folder_in_use_is_refused_to_other_runs_but_may_be_read(train, tmp_path):
     args = parse('--results_dir', tmp_path, '--run', 'a_run', '--resume')
     before, holder = stamps(train()), make_run(args)
-    holder.begin(batches=3)
+    holder.begin()
     for words in (('--resume',), ('--overwrite',), ()):
         with refused('a_run is in use by another process'):
             train(*words)
@@ -191,7 +191,7 @@ def test_a_folder_in_use_is_refused_to_other_runs_but_may_be_read(train, tmp_pat
 def test_a_run_that_diverges_ends_with_status_1_and_keeps_its_checkpoint(train, tmp_path, value):
     folder = train(until=1)
     run = make_run(parse('--results_dir', tmp_path, '--run', 'a_run', '--resume'))
-    run.begin(batches=3)
+    run.begin()
     before = contents(folder)
     with refused(f'loss_nats is {value} after epoch 2; .* is of epoch 1$', status=1):
         run.end_epoch({'epoch': 2, 'loss_nats': value, 'seconds': 1.})
@@ -262,7 +262,7 @@ def test_weights_without_a_config_are_never_resumed(train, straight):
         with refused('config.json is not the config of a run'):
             train(*words, results=straight.parent)
     run = make_run(parse('--results_dir', straight.parent, '--run', 'a_run', '--overwrite'))
-    run.begin(batches=3)  # and is killed before its first epoch
+    run.begin()  # and is killed before its first epoch
     assert 'checkpoint.pt' not in contents(straight)
 
 
