@@ -13,6 +13,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -176,9 +177,11 @@ def test_a_figure_brings_the_runs_that_it_needs_and_that_have_no_weights(
 
 
 def test_a_failure_ends_everything_with_its_status(started, monkeypatch):
-    monkeypatch.setattr(experiments, 'MAIN', [JOB._replace(name=name) for name in 'abcdef'])
     monkeypatch.setattr(experiments, 'MAIN',
-                        [JOB._replace(name='bad'), *experiments.MAIN])
+                        [JOB._replace(name=name) for name in ('bad', *'abcdef')])
+    start = subprocess.run  # all but the first take a while, so that there is something to cancel
+    monkeypatch.setattr(subprocess, 'run', lambda command, **options: (
+        time.sleep(0.5 * bool(started)), start(command, **options))[1])
     monkeypatch.setattr(experiments, 'FIGURES', [])
     monkeypatch.setattr(results, 'state', lambda job: 'to do')
     with pytest.raises(SystemExit, match='^137$'):
