@@ -45,7 +45,8 @@ from marginal_likelihood import (ROWS, bernoulli_log_likelihoods, gaussian_log_d
 
 TABLE = ('val_neg_elbo_nats', 'test_neg_elbo_nats', 'test_reconstruction_nats', 'test_kl_nats',
          'test_nll_nats')
-CLASS_COLOURS = np.array(matplotlib.colormaps['tab10'].colors)
+CLASS_COLOURS = np.array(['#3f90da', '#ffa90e', '#bd1f01', '#94a4a2', '#832db6', '#a96b59',
+                          '#e76300', '#b9ac70', '#000000', '#92dadd'])  # Petroff, 2021; 8 darker
 HALO = [withStroke(linewidth=1.5, foreground='white')]  # around letters on colours
 EXAMPLES = {'small': (0.1, 0.9), 'large': (5., 0.01)}  # μ and σ² of question 1.5
 
@@ -64,7 +65,7 @@ class Material(NamedTuple):
     n_images: int = 50  # images whose log p(x) is estimated
     n_naive: int = 2 ** 20  # samples of the prior; a power of two
     n_importance: int = 2 ** 14  # samples of q(z|x) for each image; a power of two
-    steps: int = 300  # training steps on the lattice
+    steps: int = 300  # training steps of the mixture, and of the template's GAN
 
 
 def show_images(axes: matplotlib.axes.Axes, images: Tensor, columns: int, names=()) -> None:

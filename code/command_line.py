@@ -178,7 +178,8 @@ def exit_status(main: Callable[[argparse.Namespace], None], args: argparse.Names
     except (KeyboardInterrupt, processes.Lost) as stop:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, while this is printed
         ended = str(stop) or 'interrupted'  # Ctrl-C says nothing
-        status = {'interrupted': 130, 'terminated': 143}.get(ended, 1)
+        status = (1 if isinstance(stop, processes.Lost) else
+                  143 if ended == 'terminated' else 130)
         words = [word for word in sys.argv if word not in ('--resume', '--overwrite')]
         goes_on = (f'; go on with: {processes.launcher()} {shlex.join(words)} --resume'
                    if trains and not args.dry_run else '')

@@ -22,12 +22,11 @@ import experiments  # noqa: E402
 from files import read_csv, write_text  # noqa: E402
 
 # How metrics are printed, by the end of their names, `_floor` aside: the longest end that fits.
-FORMATS = {'bpd': '.3f', 'bpd_iw': '.3f', 'class_kl': '.4f', 'log10': '.1f', 'frechet': '.1f',
-           'frechet_fitted': '.1f', 'frechet_spread': '.1f', 'frechet_cool': '.1f',
-           'copy_share': '.3f', 'nats': '.1f', 'minutes': '.1f', 'memory_mb': '.0f',
+FORMATS = {'bpd': '.3f', 'bpd_iw': '.3f', 'log10': '.1f', 'frechet': '.1f', 'frechet_fitted': '.1f',
+           'frechet_spread': '.1f', 'frechet_cool': '.1f', 'nats': '.1f', 'minutes': '.1f',
            'accuracy': '.3f', 'loss_nats': '.2f', 'share_min': '.3f', 'share_max': '.3f',
-           'max_error': '.1e',
-           'share_off_float32': '.3f', '': '.2f'}
+           'd_fake': '.3f', 'd_real': '.3f', 'max_error': '.1e', 'share_off_float32': '.3f',
+           '': '.2f'}
 # What a choice of the ablations means, for those who do not know the flags.
 CHOICES = {
     '': 'our setting, for the same number of epochs',
@@ -41,11 +40,12 @@ CHOICES = {
     '--max_shift 0': 'no random shifts',
     '--beta1 0.5': r'Adam with $\beta_1 = 0.5$, not 0',
     '--plan 0': "no plan: the detail's small network draws all",
+    '--plan 16': "all in the plan: its network draws whole cells in reading order",
     '--n_layers 1': "one layer in the plan's network, not four",
     '--n_hidden 64': "width 64 of the plan's network, not 128",
 }
 COLUMNS = {'val_neg_elbo_nats': 'validation, nats', 'train_neg_elbo_nats': 'training, nats',
-           'val_bpd': 'validation, bits', 'train_bpd': 'training, bits',
+           'val_bpd': 'validation, bits',
            'val_frechet': 'Fréchet distance',
            'class_share_min': 'share of rarest class',
            'd_fake': r'$D(G(\mathbf{z}))$'}
@@ -65,7 +65,7 @@ FURTHER = [('nearest_train_median', 'nearest', '', 1, 2, None),
            ('reconstruction_rms', 'decoding', 'rms', 1, 3, None),
            ('parameters', 'weights', '$10^6$', 1e-6, 2, None),
            ('train_minutes', 'training', 'min', 1, 1, None),
-           ('images_per_second', 'sampling', '$10^3$/s', 1e-3, 1, None)]
+           ('images_per_second', 'sampling', '$10^3$/s', 1e-3, 2, None)]
 LATENT_SIZES = ['$J$', r'val.\ $-$ELBO', r'test $-$ELBO', 'reconstruction', 'KL',
                 r'$-\log p(x)$', 'in use']
 
@@ -80,13 +80,21 @@ def rounded(name: str, value: float) -> str:
 
 
 def aligned(number: str, spread: str = '', best: bool = False) -> str:
-    r"""Two cells that meet at the decimal point: `12&.3`, with the spread behind, or with a dash.
+    r"""Two cells that meet at the decimal point: `12&.3`, the second with the spread if there is one.
 
-    The best number of a column is bold.
+    A dash goes into the first. The best number of a column is bold.
     """
     whole, point, decimals = number.partition('.')
     cells = [f'\\textbf{{{cell}}}' if best and cell else cell for cell in (whole, point + decimals)]
     return '&'.join(cells) + (rf'\,{{\scriptsize$\pm${spread}}}' if spread else '')
+
+
+def fixed(value: float | None, factor: float, decimals: int) -> str:
+    """The value times the factor, with so many decimals; `<0.01` for what would look like 0."""
+    if value is None:
+        return ''
+    text = f'{factor * value:.{decimals}f}'
+    return text if float(text) or not value else f'<{10 ** -decimals:.{decimals}f}'
 
 
 def read(run: str, file: str) -> dict:
@@ -123,7 +131,7 @@ def tabular(columns: str, *parts: list[list[str]]) -> list[str]:
     centred above both halves.
     """
     head = [[rf'\multicolumn{{2}}{{c}}{{{cell}}}' if kind == 'd' else cell
-             for kind, cell in zip(columns, row)] for row in parts[0]]
+             for kind, cell in zip(columns, row, strict=True)] for row in parts[0]]
     kinds = ''.join('r@{}l' if kind == 'd' else kind for kind in columns)
     lines = [rf'\begin{{tabular}}{{@{{}}{kinds}@{{}}}}']
     for index, part in enumerate([head, *parts[1:]]):
@@ -161,21 +169,20 @@ def comparison(columns: list[tuple]) -> list[str]:
         judged = [values[model] for model in experiments.COMPARED if values[model] is not None]
         best = better(judged, default=None) if better else None
         for model, row in rows.items():
-            number, spread = ('' if value is None else f'{factor * value:.{decimals}f}'
-                              for value in (values[model], metrics.get(f'{model}_{name}_spread')))
+            number, spread = (fixed(value, factor, decimals) for value in (
+                values[model], metrics.get(f'{model}_{name}_spread')))
             is_best = best is not None and values[model] == best and 'floor' not in model
             row.append(aligned(number or '--', spread, is_best))
-    shown = [row for row in rows.values() if set(row[1:]) != {'--&'}]
-    real = len(shown) - len(experiments.COMPARED)
     head = [['', *(column[line] for column in columns)] for line in (1, 2)]
-    return tabular('l' + 'd' * len(columns), head, shown[:real], shown[real:])
+    real = [row for row in list(rows.values())[:2] if set(row[1:]) != {'--&'}]
+    return tabular('l' + 'd' * len(columns), head, real, list(rows.values())[2:])
 
 
 def latent_sizes() -> list[str]:
     """The VAEs with different numbers of latent dimensions."""
     rows = read_csv(RESULTS / 'evidence' / 'latent_sizes.csv')
     return tabular('r' * len(LATENT_SIZES), [LATENT_SIZES], [
-        [value if name in ('zdim', 'dims_in_use') else f'{float(value):.1f}'
+        [str(int(value)) if name in ('zdim', 'dims_in_use') else f'{float(value):.1f}'
          for name, value in row.items()] for row in rows])
 
 
