@@ -1,4 +1,4 @@
-"""Every run that report or README show: its name, the command that makes it, and how long that takes.
+"""Every run that report and README show: its name, the command that makes it, and its minutes.
 
 `make -C report results` makes them, `a3_evidence.py` and `a3_compare.py` draw what several of them
 show together, and `report/measured.py` typesets their numbers. Needs nothing but Python.
