@@ -232,7 +232,7 @@ def test_a_missing_metric_a_missing_row_and_a_text_too_long_stop_the_build(built
     path.write_text(text + r'\result{nf}{test_bpd}')
     assert make(copy).returncode != 0
     log = (copy / 'report.log').read_text(encoding='utf-8', errors='replace')
-    assert 'There is no test_bpd in results/nf' in ' '.join(log.split())
+    assert 'There is no test_bpd in the results of nf' in ' '.join(log.split())
 
     path.write_text(r'\atmost{15}{' + 'Words upon words. ' * 199 + '}' + text)
     assert make(copy).returncode != 0
