@@ -7,17 +7,16 @@ r"""Generative adversarial network on MNIST, after Goodfellow et al., Generative
 
 D and G take turns, one step each per batch. What this script changes in the recipe of the
 assignment's template: both networks have a convolution next to the image, and the generator no
-batch normalisation (`--arch`); D's gradient at real and at generated images is penalised; both are
-shifted a little, in the same way; Adam has no momentum, and a higher learning rate that falls to
-0; samples come from a running average of the generator's weights. Each is a flag;
-`report/results/ablations_gan.csv` shows what most of them bring. A digit classifier
-(`measures.py`) judges the samples, against validation images after every tenth of the run, and
-against test images once, at the end.
+batch normalisation (`--arch`); D's gradient at real and at generated images is penalised; Adam has
+no momentum, and a higher learning rate that falls to 0; samples come from a running average of the
+generator's weights. Each is a flag; `report/results/ablations_gan.csv` shows what most of them
+bring. A digit classifier (`measures.py`) judges the samples, against validation images after every
+tenth of the run, and against test images once, at the end.
 
     python code/a3_gan.py
     python code/a3_gan.py --arch mlp --n_epochs 100 --batch_size 64 --lr 2e-4 --beta1 0.9 \
-        --beta2 0.999 --schedule constant --penalty 0 --max_shift 0 --average 0 \
-        --precision fp32 --run gan_template
+        --beta2 0.999 --schedule constant --penalty 0 --average 0 --precision fp32 \
+        --run gan_template
 
 Measured on MNIST, seed 42, two cores of an AMD EPYC (the last on one, by older code), 10,000
 samples against the test images: `gan`: val_frechet 8.1, frechet 6.2, inception_score 9.39,
@@ -49,7 +48,9 @@ from datasets.mnist import mnist
 from files import write_csv
 
 PIXELS = 28 * 28
-MAPS = 16  # feature maps of 14 × 14 where the `conv` networks meet the image
+MAPS = 16  # feature maps of 14 × 14 where the `conv` networks meet the image; 32 of 7 × 7
+KERNEL = dict(kernel_size=4, stride=2, padding=1)  # of all convolutions
+SLOPE = 0.2  # of the leaky ReLUs below 0
 EVAL_BATCH = 1000
 N_JUDGED = 10_000  # samples that are judged, or as many as there are test images if that is fewer
 PENALTY_EVERY = 8  # batches from one pair of penalties to the next, which weigh so much more
@@ -107,24 +108,40 @@ def spherical_path(start: Tensor, end: Tensor, steps: int) -> Tensor:
 # --- model ---------------------------------------------------------------------------------------
 
 
+def he_initialised(network: nn.Sequential) -> nn.Sequential:
+    """The network with weights that keep the size of signals from layer to layer, on average (He
+    et al., Delving Deep into Rectifiers, ICCV 2015, section 2.2); torch's own shrink them."""
+    for layer in network:
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            transposed = isinstance(layer, nn.ConvTranspose2d)  # weights (inputs, outputs, …)
+            n_inputs = (layer.weight[:, 0].numel() / math.prod(layer.stride) if transposed
+                        else layer.weight[0].numel())
+            nn.init.normal_(layer.weight, std=math.sqrt(2 / (1 + SLOPE ** 2) / n_inputs))
+            nn.init.zeros_(layer.bias)
+    return network
+
+
 class Generator(nn.Module):
     """Noise to images: `mlp` is the template's layout, 100 → 128 → 256 → 512 → 1024 → 784, with
-    batch normalisation; `conv` has none, and ends in 16 maps of 14 × 14 and a transposed
-    convolution, so that neighbouring pixels come from the same features. A fully connected layer
+    batch normalisation; `conv` has none, and ends in 32 maps of 7 × 7 pixels and two transposed
+    convolutions, so that neighbouring pixels come from the same features. A fully connected layer
     has to learn that for each pixel anew, and leaves speckle."""
 
     def __init__(self, latent_dim: int = 100, arch: str = 'conv'):
         super().__init__()
         self.latent_dim = latent_dim
-        widths = (128, 256, 512, 1024) if arch == 'mlp' else (128, 256, 512, MAPS * 14 * 14)
-        layers = [nn.Linear(latent_dim, widths[0]), nn.LeakyReLU(0.2)]
+        widths = (128, 256, 512, 1024) if arch == 'mlp' else (128, 256, 512, 2 * MAPS * 7 * 7)
+        layers = [nn.Linear(latent_dim, widths[0]), nn.LeakyReLU(SLOPE)]
         for n_in, n_out in pairwise(widths):
             normalised = [nn.BatchNorm1d(n_out)] if arch == 'mlp' else []
-            layers += [nn.Linear(n_in, n_out), *normalised, nn.LeakyReLU(0.2)]
-        layers += [nn.Linear(1024, PIXELS)] if arch == 'mlp' else [
-            nn.Unflatten(1, (MAPS, 14, 14)),
-            nn.ConvTranspose2d(MAPS, 1, kernel_size=4, stride=2, padding=1), nn.Flatten()]
-        self.net = nn.Sequential(*layers)
+            layers += [nn.Linear(n_in, n_out), *normalised, nn.LeakyReLU(SLOPE)]
+        if arch == 'mlp':
+            self.net = nn.Sequential(*layers, nn.Linear(1024, PIXELS))
+        else:
+            self.net = he_initialised(nn.Sequential(
+                *layers, nn.Unflatten(1, (2 * MAPS, 7, 7)),
+                nn.ConvTranspose2d(2 * MAPS, MAPS, **KERNEL), nn.LeakyReLU(SLOPE),
+                nn.ConvTranspose2d(MAPS, 1, **KERNEL), nn.Flatten()))
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, latent_dim) to images, (B, 784) in [−1, 1], in z's precision also under autocast."""
@@ -133,15 +150,18 @@ class Generator(nn.Module):
 
 class Discriminator(nn.Module):
     """Images to the logit of "real": `mlp` is the template's layout, 784 → 512 → 256 → 1; `conv`
-    looks at the image through 16 filters of 4 × 4 pixels first."""
+    looks at the image through two convolutions first, to 32 maps of 7 × 7 pixels."""
 
     def __init__(self, arch: str = 'conv'):
         super().__init__()
-        layers = [nn.Linear(PIXELS, 512)] if arch == 'mlp' else [
-            nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, MAPS, kernel_size=4, stride=2, padding=1),
-            nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(MAPS * 14 * 14, 512)]
-        self.net = nn.Sequential(*layers, nn.LeakyReLU(0.2), nn.Linear(512, 256),
-                                 nn.LeakyReLU(0.2), nn.Linear(256, 1))
+        layers = [] if arch == 'mlp' else [
+            nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, MAPS, **KERNEL), nn.LeakyReLU(SLOPE),
+            nn.Conv2d(MAPS, 2 * MAPS, **KERNEL), nn.LeakyReLU(SLOPE), nn.Flatten()]
+        n_in = PIXELS if arch == 'mlp' else 2 * MAPS * 7 * 7
+        self.net = nn.Sequential(*layers, nn.Linear(n_in, 512), nn.LeakyReLU(SLOPE),
+                                 nn.Linear(512, 256), nn.LeakyReLU(SLOPE), nn.Linear(256, 1))
+        if arch == 'conv':
+            he_initialised(self.net)
 
     def forward(self, img: Tensor) -> Tensor:
         """Images (B, 784) in [−1, 1] to the logit, (B, 1), in the images' precision."""
@@ -151,22 +171,10 @@ class Discriminator(nn.Module):
 # --- training ------------------------------------------------------------------------------------
 
 
-def moved(images: Tensor, shift: tuple[int, int]) -> Tensor:
-    """All images (B, 784), rolled by (down, right) pixels: what leaves a side enters opposite.
-
-    Real and generated images are moved in the same way, so D overfits later. If moves by −m … m
-    pixels are equally likely and 2m + 1 shares no factor with 28, the distribution of the images
-    follows from that of the moved images, so G gains nothing by imitating the moves (Karras et
-    al., Training Generative Adversarial Networks with Limited Data, NeurIPS 2020, section 2.2).
-    """
-    return images.view(-1, 28, 28).roll(shift, (1, 2)).view(-1, PIXELS)
-
-
 def train(dataloader: Iterable[Tensor], discriminator: Discriminator, generator: Generator,
           optimizer_G: torch.optim.Optimizer, optimizer_D: torch.optim.Optimizer,
           averaged: Generator | None = None, decay: float = 0., step: int = 0, penalty: float = 0.,
-          max_shift: int = 0, bf16: bool = False,
-          schedules: Iterable[torch.optim.lr_scheduler.LRScheduler] = ()
+          bf16: bool = False, schedules: Iterable[torch.optim.lr_scheduler.LRScheduler] = ()
           ) -> dict[str, float | None]:
     """One pass over batches of images, (B, 784) in [−1, 1]: in each, one step of D, then one of G.
 
@@ -176,8 +184,7 @@ def train(dataloader: Iterable[Tensor], discriminator: Discriminator, generator:
         penalty: γ; for the first of every PENALTY_EVERY batches, D's loss gets γ/2 times both
             gradient penalties, times PENALTY_EVERY (Karras et al., Analyzing and Improving the
             Image Quality of StyleGAN, CVPR 2020, section 3.1).
-        max_shift: the most pixels by which the images that D sees are moved, batch by batch.
-        bf16: whether the networks compute in bfloat16 (losses and penalty never do).
+        bf16: whether the networks compute in bfloat16 (losses and norms of gradients never do).
         schedules: the learning rates' schedules, stepped after each batch.
 
     Returns averages over the images, as the log names them: the losses in nats, without the
@@ -192,9 +199,6 @@ def train(dataloader: Iterable[Tensor], discriminator: Discriminator, generator:
         z = torch.randn(len(images), generator.latent_dim, device=images.device)
         with autocast:
             fakes = generator(z)
-        if max_shift:
-            shift = tuple(torch.randint(-max_shift, max_shift + 1, (2,)).tolist())
-            images, fakes = moved(images, shift), moved(fakes, shift)
 
         # D: minimise −log D(x) − log(1 − D(G(z))); G takes no part. D has no batch statistics, so
         # it may see real and generated images together.
@@ -205,7 +209,8 @@ def train(dataloader: Iterable[Tensor], discriminator: Discriminator, generator:
         one = torch.ones_like(loss_D)
         r1, r2, penalised = 0 * one, 0 * one, 0 * one
         if penalty and n % PENALTY_EVERY == 0:
-            r1, r2 = (gradient_penalty(discriminator, x) for x in (images, fakes))
+            with autocast:
+                r1, r2 = (gradient_penalty(discriminator, x) for x in (images, fakes))
             objective, penalised = loss_D + penalty / 2 * PENALTY_EVERY * (r1 + r2), one
         optimizer_D.zero_grad()
         objective.backward()
@@ -368,8 +373,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='learning rate: up in the first fiftieth of the run and then down to 0, or constant')
     add('--penalty', type=number(0), default=0.5,
         help="weight γ of the penalties on the discriminator's gradient")
-    add('--max_shift', type=whole_number(0), choices=(0, 1, 2), default=1,
-        help='most pixels by which real and generated images are moved')
     add('--average', type=number(0, 0.9999), default=0.999,
         help='decay of the running average of the generator, which draws the samples; 0 for none')
     parser.add_shared_arguments()
@@ -426,8 +429,7 @@ def main(args: argparse.Namespace) -> None:
         if epoch > 0:
             batches = watched(real, averaged, few, args.save_interval, epoch, run)
             row |= train(batches, discriminator, generator, optimizer_G, optimizer_D, averaged,
-                         args.average, (epoch - 1) * len(real), args.penalty, args.max_shift,
-                         bf16, schedules)
+                         args.average, (epoch - 1) * len(real), args.penalty, bf16, schedules)
         if processes.rank():  # it only trains: the first process does all else
             continue
         if epoch in checks:

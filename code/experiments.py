@@ -34,7 +34,7 @@ class Job(NamedTuple):
 
 
 TEMPLATE_GAN = ('--arch mlp --n_epochs 100 --batch_size 64 --lr 2e-4 --beta1 0.9 --beta2 0.999 '
-                '--schedule constant --penalty 0 --max_shift 0 --average 0 --precision fp32')
+                '--schedule constant --penalty 0 --average 0 --precision fp32')
 ASKED_FOR = [  # by the questions
     Job('vae_z20', 'a3_vae.py --zdim 20', 5),
     Job('vae_z2', 'a3_vae.py --zdim 2', 4.5),
@@ -61,7 +61,7 @@ ABLATIONS = {
             ('', '--skip no', '--n_layers 3', '--hidden_dim 192', '--augment 0',
              '--weight_decay 0'), (42, 43, 44), 1),
     'gan': ('a3_gan.py', '--n_epochs 5', ('val_frechet', 'class_share_min', 'd_fake'),
-            ('', '--arch mlp', '--penalty 0', '--max_shift 0', '--beta1 0.5'),
+            ('', '--arch mlp', '--penalty 0', '--beta1 0.5'),
             (42, 43, 44), 2),
     'nf': ('a3_nf.py', '--epochs 1', ('val_bpd', 'val_frechet'),
            ('', '--plan 0', '--plan 16', '--n_layers 1', '--n_hidden 64'), (42, 43, 44), 4),

@@ -37,7 +37,6 @@ CHOICES = {
     '--weight_decay 0': 'no weight decay',
     '--arch mlp': 'fully connected, as the template',
     '--penalty 0': 'no gradient penalties',
-    '--max_shift 0': 'no random shifts',
     '--beta1 0.5': r'Adam with $\beta_1 = 0.5$, not 0',
     '--plan 0': "no plan: the detail's small network draws all",
     '--plan 16': "all in the plan: its network draws whole cells in reading order",

@@ -64,7 +64,7 @@ def train_gan(bf16: bool, fused: bool, template: bool) -> Train:
     generator, discriminator = a3_gan.Generator(arch=arch), a3_gan.Discriminator(arch)
     optimizers = adam(generator, fused), adam(discriminator, fused)
     options = {} if template else {'averaged': copy.deepcopy(generator), 'decay': 0.999,
-                                   'penalty': 0.5, 'max_shift': 1}
+                                   'penalty': 0.5}
 
     def train(batches: Iterable) -> None:
         a3_gan.train((images * 2 - 1 for images in batches), discriminator, generator, *optimizers,
