@@ -6,12 +6,13 @@ r"""Generative adversarial network on MNIST, after Goodfellow et al., Generative
     L_D = −E_x log D(x) − E_z log(1 − D(G(z)))    L_G = −E_z log D(G(z))
 
 D and G take turns, one step each per batch. What this script changes in the recipe of the
-assignment's template: both networks have a convolution next to the image, and the generator no
-batch normalisation (`--arch`); D's gradient at real and at generated images is penalised; Adam has
-no momentum, and a higher learning rate that falls to 0; samples come from a running average of the
-generator's weights. Each is a flag; `report/results/ablations_gan.csv` shows what most of them
-bring. A digit classifier (`measures.py`) judges the samples, against validation images after every
-tenth of the run, and against test images once, at the end.
+assignment's template: both networks have two convolutions next to the image and initial weights
+after He et al., and the generator no batch normalisation (all by `--arch`); D's gradient at real
+and at generated images is penalised; Adam has no momentum, and a higher learning rate, which rises
+briefly and then falls to 0; samples come from a running average of the generator's weights.
+`report/results/ablations_gan.csv` shows what `--arch`, `--penalty` and `--beta1` bring. A digit
+classifier (`measures.py`) judges the samples, against validation images after every tenth of the
+run, and against test images once, at the end.
 
     python code/a3_gan.py
     python code/a3_gan.py --arch mlp --n_epochs 100 --batch_size 64 --lr 2e-4 --beta1 0.9 \
@@ -48,12 +49,12 @@ from datasets.mnist import mnist
 from files import write_csv
 
 PIXELS = 28 * 28
-MAPS = 16  # feature maps of 14 × 14 where the `conv` networks meet the image; 32 of 7 × 7
+MAPS = 16  # feature maps of 14 × 14 in the `conv` networks; of 7 × 7 there are twice as many
 KERNEL = dict(kernel_size=4, stride=2, padding=1)  # of all convolutions
 SLOPE = 0.2  # of the leaky ReLUs below 0
 EVAL_BATCH = 1000
 N_JUDGED = 10_000  # samples that are judged, or as many as there are test images if that is fewer
-PENALTY_EVERY = 8  # batches from one pair of penalties to the next, which weigh so much more
+PENALTY_EVERY = 8  # batches from one pair of penalties to the next, and the factor of their weight
 AVERAGES = 'discriminator_loss_nats', 'generator_loss_nats', 'd_real', 'd_fake'  # in the log
 PINNED = 1e-3  # if D's mean output is this close to 0 or 1, the two networks are out of balance
 
@@ -88,10 +89,10 @@ def gradient_penalty(discriminator: nn.Module, images: Tensor) -> Tensor:
 def spherical_path(start: Tensor, end: Tensor, steps: int) -> Tensor:
     """From start to end along the arc between their directions, the norm changing evenly.
 
-    A standard normal vector of D dimensions has a norm near √D. The arc stays there, where the
-    prior has its mass; a straight line cuts inside that shell, to a norm near √(D/2) in the middle
-    (White, Sampling Generative Networks, 2016, arXiv:1609.04468, section 2.1). Shapes: (D,) and
-    (D,) to (steps + 2, D), both ends included.
+    A standard normal vector of d dimensions has a norm near √d. The arc stays there, where the
+    prior has its mass; a straight line cuts inside that shell, to a norm near √(d/2) in the middle
+    (White, Sampling Generative Networks, 2016, arXiv:1609.04468, section 2.1). Shapes: (d,) and
+    (d,) to (steps + 2, d), both ends included.
     """
     t = torch.linspace(0, 1, steps + 2, dtype=start.dtype, device=start.device)[:, None]
     norms = start.norm(), end.norm()
@@ -99,9 +100,9 @@ def spherical_path(start: Tensor, end: Tensor, steps: int) -> Tensor:
     if (a + b).norm() < 1e-6:  # opposite, as only one dimension makes likely: there is no arc
         return torch.lerp(start, end, t)
     angle = torch.atan2((a - b).norm(), (a + b).norm()) * 2  # exact for small angles too
-    # sin(tθ) / sin θ by sinc, which is t where θ is 0.
-    weight_a = (1 - t) * torch.sinc((1 - t) * angle / math.pi) / torch.sinc(angle / math.pi)
-    weight_b = t * torch.sinc(t * angle / math.pi) / torch.sinc(angle / math.pi)
+    # sin(sθ) / sin θ by sinc: also where θ is 0, and this is s.
+    weight_a, weight_b = (s * torch.sinc(s * angle / math.pi) / torch.sinc(angle / math.pi)
+                          for s in (1 - t, t))
     return (weight_a * a + weight_b * b) * torch.lerp(norms[0], norms[1], t)
 
 
@@ -109,28 +110,29 @@ def spherical_path(start: Tensor, end: Tensor, steps: int) -> Tensor:
 
 
 def he_initialised(network: nn.Sequential) -> nn.Sequential:
-    """The network with weights that keep the size of signals from layer to layer, on average (He
-    et al., Delving Deep into Rectifiers, ICCV 2015, section 2.2); torch's own shrink them."""
+    """The network with biases of 0, and weights that keep the mean square of signals from layer to
+    layer, on average and but for padding (He et al., Delving Deep into Rectifiers, ICCV 2015,
+    section 2.2). With torch's default weights signals shrink."""
     for layer in network:
-        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        if hasattr(layer, 'weight'):
             transposed = isinstance(layer, nn.ConvTranspose2d)  # weights (inputs, outputs, …)
-            n_inputs = (layer.weight[:, 0].numel() / math.prod(layer.stride) if transposed
-                        else layer.weight[0].numel())
-            nn.init.normal_(layer.weight, std=math.sqrt(2 / (1 + SLOPE ** 2) / n_inputs))
+            nn.init.kaiming_normal_(layer.weight, SLOPE, 'fan_out' if transposed else 'fan_in')
+            if transposed:  # for each pixel the stride leaves only a share of these inputs
+                layer.weight.data *= math.sqrt(math.prod(layer.stride))
             nn.init.zeros_(layer.bias)
     return network
 
 
 class Generator(nn.Module):
     """Noise to images: `mlp` is the template's layout, 100 → 128 → 256 → 512 → 1024 → 784, with
-    batch normalisation; `conv` has none, and ends in 32 maps of 7 × 7 pixels and two transposed
-    convolutions, so that neighbouring pixels come from the same features. A fully connected layer
-    has to learn that for each pixel anew, and leaves speckle."""
+    batch normalisation. `conv` has none: 100 → 128 → 256 → 512 → 32 maps of 7 × 7 pixels, and then
+    two transposed convolutions, so that neighbouring pixels come from the same features. A fully
+    connected layer has to learn that for each pixel anew, and leaves speckle."""
 
     def __init__(self, latent_dim: int = 100, arch: str = 'conv'):
         super().__init__()
         self.latent_dim = latent_dim
-        widths = (128, 256, 512, 1024) if arch == 'mlp' else (128, 256, 512, 2 * MAPS * 7 * 7)
+        widths = 128, 256, 512, 1024 if arch == 'mlp' else 2 * MAPS * 7 * 7
         layers = [nn.Linear(latent_dim, widths[0]), nn.LeakyReLU(SLOPE)]
         for n_in, n_out in pairwise(widths):
             normalised = [nn.BatchNorm1d(n_out)] if arch == 'mlp' else []
@@ -154,10 +156,10 @@ class Discriminator(nn.Module):
 
     def __init__(self, arch: str = 'conv'):
         super().__init__()
-        layers = [] if arch == 'mlp' else [
+        layers, n_in = ([], PIXELS) if arch == 'mlp' else ([
             nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, MAPS, **KERNEL), nn.LeakyReLU(SLOPE),
-            nn.Conv2d(MAPS, 2 * MAPS, **KERNEL), nn.LeakyReLU(SLOPE), nn.Flatten()]
-        n_in = PIXELS if arch == 'mlp' else 2 * MAPS * 7 * 7
+            nn.Conv2d(MAPS, 2 * MAPS, **KERNEL), nn.LeakyReLU(SLOPE), nn.Flatten(),
+        ], 2 * MAPS * 7 * 7)
         self.net = nn.Sequential(*layers, nn.Linear(n_in, 512), nn.LeakyReLU(SLOPE),
                                  nn.Linear(512, 256), nn.LeakyReLU(SLOPE), nn.Linear(256, 1))
         if arch == 'conv':
@@ -184,7 +186,8 @@ def train(dataloader: Iterable[Tensor], discriminator: Discriminator, generator:
         penalty: γ; for the first of every PENALTY_EVERY batches, D's loss gets γ/2 times both
             gradient penalties, times PENALTY_EVERY (Karras et al., Analyzing and Improving the
             Image Quality of StyleGAN, CVPR 2020, section 3.1).
-        bf16: whether the networks compute in bfloat16 (losses and norms of gradients never do).
+        bf16: whether the networks and their gradients are computed in bfloat16 (never the losses,
+            nor the squared norms in the penalties).
         schedules: the learning rates' schedules, stepped after each batch.
 
     Returns averages over the images, as the log names them: the losses in nats, without the
@@ -207,7 +210,7 @@ def train(dataloader: Iterable[Tensor], discriminator: Discriminator, generator:
         real_logits, fake_logits = logits.chunk(2)
         objective = loss_D = discriminator_loss(real_logits, fake_logits)
         one = torch.ones_like(loss_D)
-        r1, r2, penalised = 0 * one, 0 * one, 0 * one
+        r1 = r2 = penalised = 0 * one
         if penalty and n % PENALTY_EVERY == 0:
             with autocast:
                 r1, r2 = (gradient_penalty(discriminator, x) for x in (images, fakes))
@@ -217,7 +220,8 @@ def train(dataloader: Iterable[Tensor], discriminator: Discriminator, generator:
         processes.average_gradients(discriminator.parameters(), len(images))
         optimizer_D.step()
 
-        # G: minimise −log D(G(z)), with the same images, through the updated D, which stays as is
+        # G: minimise −log D(G(z)), with the same generated images, through the updated D, which
+        # stays as it is
         discriminator.requires_grad_(False)
         with autocast:
             logits = discriminator(fakes)
@@ -243,10 +247,10 @@ def train(dataloader: Iterable[Tensor], discriminator: Discriminator, generator:
 
 @torch.no_grad()
 def follow(averaged: Generator, generator: Generator, decay: float, step: int) -> None:
-    """One step of the running average: w ← β w + (1 − β) w_G, β rising from 0 to `decay` (Yazıcı
-    et al., The Unusual Effectiveness of Averaging in GAN Training, ICLR 2019). Statistics of
+    """One step of the running average: w ← β w + (1 − β) w_G (Yazıcı et al., The Unusual
+    Effectiveness of Averaging in GAN Training, ICLR 2019), a copy at step 0. Statistics of
     batches, if there are any, are copied, as torch's AveragedModel does it."""
-    beta = min(decay, (1 + step) / (10 + step)) if step else 0.  # the first weights soon fade
+    beta = min(decay, (1 + step) / (10 + step)) if step else 0.  # early weights soon count little
     torch._foreach_lerp_(list(averaged.parameters()), list(generator.parameters()), 1 - beta)
     for mean, statistic in zip(averaged.buffers(), generator.buffers(), strict=True):
         mean.copy_(statistic)
@@ -276,7 +280,7 @@ def final_estimates(averaged: Generator, classifier: measures.DigitClassifier, v
     judge = measures.Judge(classifier, test.images / 255, test.labels)
     z = noise(args, min(N_JUDGED, len(test.images)), 'judged', device)
     return {**judge.measure(sample(averaged, z)),
-            **{f'{name}_floor': value  # neither network was fitted to these
+            **{f'{name}_floor': value  # neither the GAN nor the classifier was fitted to these
                for name, value in judge.measure(val.images / 255).items()},
             'classifier_sha256': measures.fingerprint(classifier),
             'interpolation_from_class': from_class, 'interpolation_to_class': to_class,
@@ -364,15 +368,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--save_interval', type=whole_number(1), default=500,
         help='batches from one update of samples_latest.png to the next')
     add('--arch', choices=('conv', 'mlp'), default='conv',
-        help="conv: a convolution next to the image in both networks; mlp: the template's, fully "
-             'connected, with batch normalisation in the generator (of several processes, each '
-             'takes the statistics of its share)')
+        help='conv: two convolutions next to the image in both networks, first weights after He; '
+             "mlp: the template's, fully connected, with torch's first weights, and with batch "
+             'normalisation in the generator (of several processes, each uses the statistics of '
+             'its share)')
     add('--beta1', type=number(0, 0.9999), default=0., help='β₁ of Adam')
     add('--beta2', type=number(0, 0.9999), default=0.99, help='β₂ of Adam')
     add('--schedule', choices=('linear', 'constant'), default='linear',
         help='learning rate: up in the first fiftieth of the run and then down to 0, or constant')
     add('--penalty', type=number(0), default=0.5,
-        help="weight γ of the penalties on the discriminator's gradient")
+        help="weight γ of the penalties on the discriminator's gradient; 0 for none")
     add('--average', type=number(0, 0.9999), default=0.999,
         help='decay of the running average of the generator, which draws the samples; 0 for none')
     parser.add_shared_arguments()

@@ -167,14 +167,13 @@ def test_noise_becomes_images_in_range_and_images_one_logit_each(arch):
     torch.testing.assert_close(discriminator(images)[:3], discriminator(images[:3]))  # each alone
 
 
-def test_signals_keep_their_size_through_all_layers_of_conv():
-    for network, n_inputs, n in ((Generator(), 100, 6), (Discriminator(), PIXELS, 5)):
-        signal, squares = random(200, n_inputs).float(), []
-        for layer in network.net:
-            signal = layer(signal)
-            if hasattr(layer, 'weight'):
-                squares.append(signal.square().mean().item())
-        assert squares == pytest.approx([2 / 1.04] * n, rel=0.5)  # before each ReLU, and at last
+def test_weights_of_conv_keep_the_size_of_signals_for_the_inputs_that_each_output_has():
+    for network, n_inputs in ((Generator(), (100, 128, 256, 512, 32 * 2 * 2, 16 * 2 * 2)),
+                              (Discriminator(), (4 * 4, 16 * 4 * 4, 32 * 7 * 7, 512, 256))):
+        layers = [layer for layer in network.net if hasattr(layer, 'weight')]
+        assert [layer.weight.std().item() for layer in layers] == pytest.approx(
+            [math.sqrt(2 / 1.04 / n) for n in n_inputs], rel=0.15)
+        assert not any(layer.bias.any() for layer in layers)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -257,7 +256,7 @@ def test_training_is_d_then_g_with_the_same_images_then_the_average_for_each_bat
 
 
 @pytest.mark.parametrize('bf16', [False, True])
-def test_only_the_networks_compute_in_bfloat16_and_neither_losses_nor_norms_do(bf16):
+def test_only_the_networks_compute_in_bfloat16_and_what_they_return_is_in_float32(bf16):
     generator, discriminator = Generator(5), Discriminator()
     within, results = {generator: [], discriminator: []}, []  # dtypes before the last step; after
     for network, dtypes in within.items():
