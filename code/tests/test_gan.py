@@ -290,9 +290,9 @@ def test_the_average_has_the_latest_batch_statistics():
     torch.testing.assert_close(dict(averaged.named_buffers()), dict(generator.named_buffers()))
 
 
-def test_the_learning_rate_rises_to_1_in_a_fiftieth_and_falls_to_0():
+def test_the_learning_rate_rises_to_1_in_a_fiftieth_and_falls_to_a_fifth():
     assert [learning_rate(progress) for progress in (0, 0.01, 0.02, 0.51, 1)] == pytest.approx(
-        [0, 0.5, 1, 0.5, 0])
+        [0, 0.5, 1, 0.6, 0.2])
 
 
 def test_the_batches_of_an_epoch_are_scaled_and_samples_drawn_at_each_interval(monkeypatch):
@@ -446,11 +446,12 @@ def test_training_gets_the_arguments_of_the_command_line_and_the_rate_of_its_bat
     for epoch, call in enumerate(finished[2]):
         assert (call['decay'], call['penalty']) == (0.95, 0.3)
         assert call['step'] == 12 * epoch and len(call['schedules']) == 2
-        rate = 2e-3 * learning_rate((12 * epoch + 1) / 37)  # not 0 in any of the 36 batches
+        rate = 2e-3 * learning_rate((12 * epoch + 1) / 37)  # not 0 in the first of 36 batches
         assert call['lr'] == pytest.approx([rate, rate])
     for name in ('optimizer_G', 'optimizer_D'):
         [group] = call[name].param_groups
-        assert group['betas'] == (0.4, 0.98) and group['lr'] == 0
+        assert group['betas'] == (0.4, 0.98)
+        assert group['lr'] == pytest.approx(2e-3 / 5)
 
 
 def test_samples_of_the_average_are_judged_against_test_images_and_so_are_validation_images(
