@@ -264,6 +264,7 @@ def main(args: argparse.Namespace) -> None:
     judge = measures.Judge(classifier, real_test, test.labels)
     copies, threshold = copy_measures(real_test, real_train, real_val)
     floors = {'floor': judge.measure(real_val) | copies,
+              'floor_train': judge.measure(real_train[:len(real_test)]) | dict.fromkeys(copies),
               'floor_bits': judge.measure(val_bits.images.float()) | dict.fromkeys(copies)}
     metrics |= {'seed': args.seed, 'samples': n, 'near_copy_ratio': threshold,
                 'classifier_sha256': sha256}

@@ -161,7 +161,9 @@ def ablations(table: str) -> list[str]:
 def comparison(columns: list[tuple]) -> list[str]:
     """The real digits and the compared models; `columns` is QUALITY or FURTHER."""
     metrics = read('compare', 'metrics.json')
-    rows = {'floor': ['real digits'], 'floor_bits': ['the same, binarised']}
+    rows = {'floor': ['real digits'], 'floor_bits': ['the same, binarised'],
+            'floor_train': ['training digits']}
+    n_real = len(rows)
     rows |= {model: [label] for model, label in experiments.COMPARED.items()}
     for name, *_, factor, decimals, better in columns:
         values = {model: metrics.get(f'{model}_{name}') for model in rows}
@@ -173,8 +175,8 @@ def comparison(columns: list[tuple]) -> list[str]:
             is_best = best is not None and values[model] == best and 'floor' not in model
             row.append(aligned(number or '--', spread, is_best))
     head = [['', *(column[line] for column in columns)] for line in (1, 2)]
-    real = [row for row in list(rows.values())[:2] if set(row[1:]) != {'--&'}]
-    return tabular('l' + 'd' * len(columns), head, real, list(rows.values())[2:])
+    real = [row for row in list(rows.values())[:n_real] if set(row[1:]) != {'--&'}]
+    return tabular('l' + 'd' * len(columns), head, real, list(rows.values())[n_real:])
 
 
 def latent_sizes() -> list[str]:

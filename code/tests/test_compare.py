@@ -199,11 +199,12 @@ def test_a_comparison_leaves_its_files_and_the_runs_as_they_were(finished):
 def test_every_run_has_a_row_with_every_measure_that_it_can_have(finished):
     folder, _ = finished
     rows = rows_of(folder.parent)
-    assert list(rows) == ['floor', 'floor_bits', *RUNS]
+    assert list(rows) == ['floor', 'floor_train', 'floor_bits', *RUNS]
     codes, costs = {'reconstruction_rms'}, {'parameters', 'train_minutes'}
     real = {'test_nll_nats', 'test_bpd'} | codes | costs
+    copies = {'nearest_train_median', 'near_copy_share'}
     absent = {'floor': real, 'one_digits': {'test_bpd'},
-              'floor_bits': real | {'nearest_train_median', 'near_copy_share'},
+              'floor_train': real | copies, 'floor_bits': real | copies,
               'one_seed43_digits': {'test_bpd'}, 'grey_digits': {'test_nll_nats'},
               'two_digits': {'test_nll_nats', 'test_bpd'} | codes,
               'three_digits': {'test_nll_nats'}}
@@ -229,6 +230,7 @@ def test_the_floor_and_a_run_are_measured_as_by_hand(finished, monkeypatch):
     with torch.no_grad():
         draws = [torch.cat([flow.sample(10).floor() / 255 for _ in range(10)]) for _ in range(2)]
     for name, those in (('floor', [val.images / 255]), ('three_digits', draws),
+                        ('floor_train', [train.images[:N] / 255]),
                         ('floor_bits', [bmnist(dataset='digits')[1].images.float()])):
         judged = [judge.measure(images) for images in those]
         for measure in judged[0]:
