@@ -263,8 +263,9 @@ def main(args: argparse.Namespace) -> None:
     real_train, real_val, real_test = (loader.images / 255 for loader in (train, val, test))
     judge = measures.Judge(classifier, real_test, test.labels)
     copies, threshold = copy_measures(real_test, real_train, real_val)
+    every_fifth = real_train[::len(real_train) // len(real_test)]
     floors = {'floor': judge.measure(real_val) | copies,
-              'floor_train': judge.measure(real_train[:len(real_test)]) | dict.fromkeys(copies),
+              'floor_train': judge.measure(every_fifth) | dict.fromkeys(copies),
               'floor_bits': judge.measure(val_bits.images.float()) | dict.fromkeys(copies)}
     metrics |= {'seed': args.seed, 'samples': n, 'near_copy_ratio': threshold,
                 'classifier_sha256': sha256}

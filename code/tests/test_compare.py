@@ -230,7 +230,7 @@ def test_the_floor_and_a_run_are_measured_as_by_hand(finished, monkeypatch):
     with torch.no_grad():
         draws = [torch.cat([flow.sample(10).floor() / 255 for _ in range(10)]) for _ in range(2)]
     for name, those in (('floor', [val.images / 255]), ('three_digits', draws),
-                        ('floor_train', [train.images[:N] / 255]),
+                        ('floor_train', [train.images[::len(train.images) // N] / 255]),
                         ('floor_bits', [bmnist(dataset='digits')[1].images.float()])):
         judged = [judge.measure(images) for images in those]
         for measure in judged[0]:
