@@ -353,7 +353,7 @@ def gan_gradients(m: Material, figure: Figure) -> dict[str, float]:
             axes.plot(logits, columns[f'{name}_{kind}'], label=label)
         axes.set(xlabel='logit of D(G(z))', ylabel=ylabel, xlim=(-10, 10))
     left.legend(loc='lower left')
-    right.text(-7.3, -0.5, 'early:\nD(G(z))\n< 0.01', ha='center', va='center')
+    right.text(-7.3, -0.5, 'D(G(z))\n< 0.01', ha='center', va='center')
     write_columns(m.folder / 'gan_gradients.csv', logit=logits, **columns)
     columns['logit'] = logits
     return {f'early_{name}': float(values[50]) for name, values in columns.items()}
