@@ -55,7 +55,7 @@ SLOPE = 0.2  # of the leaky ReLUs below 0
 EVAL_BATCH = 1000
 N_JUDGED = 10_000  # samples that are judged, or as many as there are test images if that is fewer
 PENALTY_EVERY = 8  # batches from one pair of penalties to the next, and the factor of their weight
-LAST_RATE = 0.2  # of the highest learning rate; with less, D begins to know the training images
+LAST_RATE = 0.2  # of the highest learning rate; at 0, D begins to fit the training images
 AVERAGES = 'discriminator_loss_nats', 'generator_loss_nats', 'd_real', 'd_fake'  # in the log
 PINNED = 1e-3  # if D's mean output is this close to 0 or 1, the two networks are out of balance
 
