@@ -56,8 +56,8 @@ def trained() -> dict[str, dict]:
     torch.rand_like = torch.randn_like = lambda like: torch.full_like(like, 0.5)
     randn, done = torch.randn, {}
 
-    def sgd(network: nn.Module) -> torch.optim.SGD:
-        return torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+    def sgd(network: nn.Module, lr: float = 0.05) -> torch.optim.SGD:
+        return torch.optim.SGD(network.parameters(), lr, momentum=0.9)
 
     def images(scale: float) -> list[Tensor]:
         torch.manual_seed(1)
@@ -73,8 +73,8 @@ def trained() -> dict[str, dict]:
         done[name] = {'average': epoch_iter(model.train(), data, sgd(model)),
                       **model.state_dict()}
     torch.randn = lambda *size, device: torch.ones(size)
-    average = a3_gan.train(images(1 / 255), discriminator, generator, sgd(generator),
-                           sgd(discriminator), penalty=0.5)
+    average = a3_gan.train(images(1 / 255), discriminator, generator, sgd(generator, 1e-3),
+                           sgd(discriminator, 1e-3), penalty=0.5)
     torch.randn = randn
     done['gan'] = {**average, **{f'{network.__class__.__name__} {name}': weight for network in (
         generator, discriminator) for name, weight in network.named_parameters()}}
