@@ -81,7 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--share', type=number(0, 1), default=0.3,
         help='dae: share of the pixels that the encoder sees as 0')
     add('--hidden_dim', type=whole_number(1), help="units of each layer (default: the VAE's)")
-    add('--batch_size', type=whole_number(1), default=128)
+    add('--batch_size', type=whole_number(1), default=256)
     add('--lr', type=number(0), help="highest learning rate (default: the VAE's)")
     parser.add_shared_arguments()
     vae = a3_vae.parse_args([f'--zdim={parser.parse_args(argv).zdim}'])

@@ -43,12 +43,13 @@ from datasets.mnist import mnist
 from marginal_likelihood import importance_sampled_log_px, log_px_on_lattice
 
 PIXELS = 28 * 28
-# Defaults for binary images with 5 latent dimensions or more; with fewer, whose codes have no room
-# for slant and size, so that augmentation helps less, and whose decoder must be further from
-# linear; and for grey images, which say more.
-MANY = dict(hidden_dim=384, n_layers=5, skip='yes', augment=0.8, lr=2.5e-3, weight_decay=0.1)
-FEW = dict(hidden_dim=512, n_layers=3, skip='no', augment=0.4, lr=1.5e-3, weight_decay=0.)
-GREY = dict(hidden_dim=512, n_layers=6, skip='yes', augment=0.2, lr=2e-3, weight_decay=0.1)
+# Defaults for binary images with 5 latent dimensions or more, with fewer, and for grey images.
+MANY = dict(hidden_dim=320, n_layers=8, skip='yes', augment=0.8, lr=3.5e-3, weight_decay=0.14,
+            kl_warmup=0., epochs=40)
+FEW = dict(hidden_dim=512, n_layers=3, skip='no', augment=0.6, lr=2.2e-3, weight_decay=0.,
+           kl_warmup=0.5, epochs=80)
+GREY = dict(hidden_dim=384, n_layers=10, skip='yes', augment=0.5, lr=2.8e-3, weight_decay=0.1,
+            kl_warmup=0., epochs=40)
 EVAL_BATCH = 1000
 MAX_GRAD_NORM = 200.0  # largest norm of the gradient: a spike can undo epochs
 LOG_SCALE = (-7., 2.)  # bounds of log s, where grey levels are e^−5.5 apart
@@ -188,10 +189,11 @@ class LogisticDecoder(Decoder):
 class VAE(nn.Module):
     """Encoder, prior and decoder: the lower bound, and samples."""
 
-    def __init__(self, hidden_dim: int = 384, z_dim: int = 20, n_layers: int = 5,
+    def __init__(self, hidden_dim: int = 320, z_dim: int = 20, n_layers: int = 8,
                  skip: bool = True, likelihood: str = 'bernoulli'):
         super().__init__()
         self.z_dim = z_dim
+        self.kl_weight = 1.0  # of the divergence in training, below 1 while it warms up
         self.encoder = Encoder(hidden_dim, z_dim, n_layers, skip)
         self.decoder = {'bernoulli': Decoder, 'logistic': LogisticDecoder}[likelihood](
             hidden_dim, z_dim, n_layers, skip)
@@ -205,7 +207,7 @@ class VAE(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """(B, 784) to the average negative lower bound, in nats: equation 12 of the assignment."""
         log_likelihood, kl = self.elbo_terms(input)
-        return (kl - log_likelihood).mean()
+        return ((self.kl_weight if self.training else 1) * kl - log_likelihood).mean()
 
     @torch.no_grad()
     def sample(self, n_samples: int) -> tuple[Tensor, Tensor]:
@@ -332,8 +334,7 @@ def save_elbo_plot(train_curve: list[float], val_curve: list[float], filename: P
     panel = {'ylabel': ylabel, 'curves': {'training': train_curve, 'validation': val_curve}}
     start = max(1, len(val_curve) // 10)
     figures.save_curves(filename, list(range(len(val_curve))), [
-        panel | {'references': references or {}},
-        panel | {'start': start}])
+        panel | {'references': references or {}}, panel | {'start': start}])
 
 
 @torch.no_grad()
@@ -366,21 +367,23 @@ def save_reconstructions(model: nn.Module, images: Tensor, run: runs.Run,
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add('--epochs', type=whole_number(1), default=40, help='passes over the training images')
     add('--zdim', type=whole_number(1), default=20, help='number of latent dimensions')
     add('--likelihood', choices=('bernoulli', 'logistic'), default='bernoulli',
         help='bernoulli trains on binarised MNIST, logistic on grey MNIST')
     for name, options, help in (
+            ('epochs', {'type': whole_number(1)}, 'passes over the training images'),
             ('hidden_dim', {'type': whole_number(1)}, 'units of each hidden layer'),
             ('n_layers', {'type': whole_number(1, 1000)}, 'hidden layers of each network'),
             ('skip', {'choices': ('yes', 'no')}, 'residual connections in the networks'),
             ('augment', {'type': number(0, 1)}, 'share of the training images turned, scaled and '
              'moved a little, until the last fifth of the epochs'),
             ('lr', {'type': number(0)}, 'highest learning rate'),
-            ('weight_decay', {'type': number(0, 1)}, 'of AdamW')):
+            ('weight_decay', {'type': number(0, 1)}, 'of AdamW'),
+            ('kl_warmup', {'type': number(0, 1)}, 'share of the epochs in which the weight of the '
+             'divergence rises to 1 (Sønderby et al., 2016)')):
         add(f'--{name}', **options, help=f'{help} (default: {MANY[name]}; {FEW[name]} with fewer '
             f'than 5 latent dimensions; {GREY[name]} with --likelihood logistic)')
-    add('--batch_size', type=whole_number(1), default=128, help='images in a step')
+    add('--batch_size', type=whole_number(1), default=256, help='images in a step')
     add('--iw_samples', type=whole_number(1), default=1000,
         help='importance samples for log p(x) of each test image; with two latent dimensions and '
              'bernoulli it is integrated instead')
@@ -428,6 +431,7 @@ def main(args: argparse.Namespace) -> None:
     for epoch in run.epochs():  # from 0, the untrained network, each with a seed of its own
         start = time.perf_counter()
         share = args.augment if 0 < epoch <= 0.8 * args.epochs else 0.0
+        model.kl_weight = min(1.0, epoch / max(1, args.kl_warmup * args.epochs))
         data = prepared(run.track(train), share), prepared(val)
         running, val_loss = run_epoch(model, data, optimizer if epoch else None, schedule, bf16)
         if processes.rank():  # it only trains: the first process does all else

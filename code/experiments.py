@@ -58,8 +58,8 @@ MAIN = [
 ABLATIONS = {
     'vae': ('a3_vae.py', '--zdim 20 --epochs 10 --iw_samples 100',
             ('val_neg_elbo_nats', 'train_neg_elbo_nats'),
-            ('', '--skip no', '--n_layers 3', '--hidden_dim 192', '--augment 0',
-             '--weight_decay 0'), (42, 43, 44), 1),
+            ('', '--skip no', '--n_layers 4', '--hidden_dim 160', '--augment 0'),
+            (42, 43, 44), 1),
     'gan': ('a3_gan.py', '--n_epochs 5', ('val_frechet', 'class_share_min', 'd_fake'),
             ('', '--arch mlp', '--penalty 0', '--beta1 0.5'),
             (42, 43, 44), 2),

@@ -84,7 +84,7 @@ def train_nf(bf16: bool, fused: bool, template: bool) -> Train:
 
 
 # By name: what trains, and the batch size of the template's networks and of the default ones.
-CASES = {'vae': (train_vae, 128, 128), 'gan': (train_gan, 64, 128), 'nf': (train_nf, 256, 128)}
+CASES = {'vae': (train_vae, 128, 256), 'gan': (train_gan, 64, 128), 'nf': (train_nf, 256, 128)}
 
 
 class FromTensors(MNIST):
