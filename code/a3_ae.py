@@ -7,8 +7,8 @@ The second is the denoising autoencoder of Vincent et al., Extracting and Compos
 with Denoising Autoencoders (ICML 2008). Neither loss says anything about where the codes lie, so
 there is no distribution to draw z from, and no likelihood of an image. The figures still show what
 the decoders make of z ~ N(0, I), as if they were VAEs, beside reconstructions. The networks,
-training loop, schedule and data are the VAE's, but images are never augmented and weights never
-decay.
+training loop, schedule and data are the VAE's, but images are never augmented, weights never
+decay, and there are always 40 epochs.
 
     python code/a3_ae.py --model ae
     python code/a3_ae.py --model dae
@@ -75,13 +75,13 @@ def decodings(model: AutoEncoder, n: int) -> Tensor:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add('--epochs', type=whole_number(1), default=40)
+    add('--epochs', type=whole_number(1), default=40, help='passes over the training images')
     add('--model', choices=('ae', 'dae'), default='ae', help='plain or denoising autoencoder')
     add('--zdim', type=whole_number(1), default=20, help='size of the code')
     add('--share', type=number(0, 1), default=0.3,
         help='dae: share of the pixels that the encoder sees as 0')
     add('--hidden_dim', type=whole_number(1), help="units of each layer (default: the VAE's)")
-    add('--batch_size', type=whole_number(1), default=256)
+    add('--batch_size', type=whole_number(1), default=256, help='images in a step')
     add('--lr', type=number(0), help="highest learning rate (default: the VAE's)")
     parser.add_shared_arguments()
     vae = a3_vae.parse_args([f'--zdim={parser.parse_args(argv).zdim}'])

@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument
         if trains:
             add('--precision', choices=('auto', 'bf16', 'fp32'), default='auto',
-                help='precision in training, and of the decoder that estimates log p(x); auto is '
+                help='precision in training, and of the networks that estimate log p(x); auto is '
                      'bf16 where that is faster')
         add('--seed', type=whole_number(0), default=42,
             help="seed of the run's random numbers (the data sets have their own)")
