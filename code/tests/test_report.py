@@ -73,7 +73,7 @@ def test_limited_texts_are_limited():
 # What may stand typed: sizes of the data and of grids, facts of mathematics, settings of a run and
 # figures of others' papers. All else with more than two significant digits is a \result.
 ALLOWED = {'784', '768', '28', '50,000', '10,000', '1,000', '5,000', '256', '255', '543', '1.386',
-           '400', '300', '384', '512', '128', '100', '1024', '1.85', '0.0077', '14.3', '1.89',
+           '400', '300', '320', '384', '512', '128', '100', '1024', '1.85', '0.0077', '14.3', '1.89',
            '1.06', '1.05', '0.97', '88.7', '87.1', '79.0', '251', '248', '250', '0.999',
            '200', '392', '0.975', '1.96'}
 
