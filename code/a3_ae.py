@@ -8,7 +8,7 @@ with Denoising Autoencoders (ICML 2008). Neither loss says anything about where 
 there is no distribution to draw z from, and no likelihood of an image. The figures still show what
 the decoders make of z ~ N(0, I), as if they were VAEs, beside reconstructions. The networks,
 training loop, schedule and data are the VAE's, but images are never augmented, weights never
-decay, and there are always 40 epochs.
+decay, and 40 epochs are the default for any size of the code.
 
     python code/a3_ae.py --model ae
     python code/a3_ae.py --model dae
