@@ -6,9 +6,8 @@
 The second is the denoising autoencoder of Vincent et al., Extracting and Composing Robust Features
 with Denoising Autoencoders (ICML 2008). Neither loss says anything about where the codes lie, so
 there is no distribution to draw z from, and no likelihood of an image. The figures still show what
-the decoders make of z ~ N(0, I), as if they were VAEs, beside reconstructions. The networks,
-training loop, schedule and data are the VAE's, but images are never augmented, weights never
-decay, and 40 epochs are the default for any size of the code.
+the decoders make of z ~ N(0, I), as if they were VAEs, beside reconstructions. All but the loss is
+as in `a3_vae.py`: data, augmentation, networks, optimizer, schedule and their defaults.
 
     python code/a3_ae.py --model ae
     python code/a3_ae.py --model dae
@@ -24,14 +23,15 @@ import time
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 import a3_vae
 import figures
 import processes
 import runs
-from a3_vae import (EVAL_BATCH, epoch_iter, learning_rate, run_epoch, save_elbo_plot,
-                    save_reconstructions)
+from a3_vae import (EVAL_BATCH, augmented_share, epoch_iter, learning_rate, prepared, run_epoch,
+                    save_elbo_plot, save_reconstructions)
 from command_line import Parser, launch, number, whole_number
 from datasets.bmnist import bmnist
 
@@ -75,7 +75,8 @@ def decodings(model: AutoEncoder, n: int) -> Tensor:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add('--epochs', type=whole_number(1), default=40, help='passes over the training images')
+    add('--epochs', type=whole_number(1),
+        help="passes over the training images (default: the VAE's)")
     add('--model', choices=('ae', 'dae'), default='ae', help='plain or denoising autoencoder')
     add('--zdim', type=whole_number(1), default=20, help='size of the code')
     add('--share', type=number(0, 1), default=0.3,
@@ -84,8 +85,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--batch_size', type=whole_number(1), default=256, help='images in a step')
     add('--lr', type=number(0), help="highest learning rate (default: the VAE's)")
     parser.add_shared_arguments()
-    vae = a3_vae.parse_args([f'--zdim={parser.parse_args(argv).zdim}'])
-    parser.set_defaults(hidden_dim=vae.hidden_dim, lr=vae.lr)
+    vae = vars(a3_vae.parse_args([f'--zdim={parser.parse_args(argv).zdim}']))
+    parser.set_defaults(**{name: vae[name] for name in (*a3_vae.MANY, 'likelihood')})
     args = parser.parse_args(argv)
     if args.model == 'ae' and args.share != parser.get_default('share'):
         parser.error('--share has no meaning with --model ae')
@@ -95,8 +96,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def make_model(args: argparse.Namespace) -> AutoEncoder:
     """The untrained autoencoder that these arguments ask for."""
-    vae = a3_vae.parse_args([f'--zdim={args.zdim}', f'--hidden_dim={args.hidden_dim}'])
-    return AutoEncoder(a3_vae.make_model(vae), args.share if args.model == 'dae' else 0.)
+    return AutoEncoder(a3_vae.make_model(args), args.share if args.model == 'dae' else 0.)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -106,14 +106,14 @@ def main(args: argparse.Namespace) -> None:
 
     runs.seed_all(args.seed, 'weights')
     model = make_model(args).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    optimizer = AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     steps = args.epochs * len(train)
     schedule = LambdaLR(optimizer, lambda step: learning_rate((step + 1) / (steps + 1)))
     run = runs.Run(main, args, train.source, device,
                    {'model': model, 'optimizer': optimizer, 'schedule': schedule})
 
     if args.sample:
-        run.load('model', 'zdim', 'hidden_dim')
+        run.load('model', 'zdim', 'hidden_dim', 'n_layers', 'skip')
         runs.seed_all(args.seed, f'{args.sample} samples')
         figures.save_grid(run.path('sample.png'), decodings(model, args.sample))
         print(run.path('sample.png'))
@@ -123,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
 
     for epoch in run.epochs():
         start = time.perf_counter()
-        data = run.track(train), val
+        data = prepared(run.track(train), augmented_share(args, epoch)), val
         running, val_loss = run_epoch(model, data, optimizer if epoch else None, schedule, bf16)
         if processes.rank():
             continue

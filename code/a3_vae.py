@@ -237,6 +237,11 @@ def augment(images: Tensor, share: float) -> Tensor:
                          align_corners=False).view(B, PIXELS)
 
 
+def augmented_share(args: argparse.Namespace, epoch: int) -> float:
+    """The share of the training images that is augmented in an epoch: none in the last fifth."""
+    return args.augment if 0 < epoch <= 0.8 * args.epochs else 0.
+
+
 def prepared(data: Iterable, share: float = 0.) -> Iterator[Tensor]:
     """The batches as the model takes them, (B, 784) in [0, 1], a share of each augmented.
 
@@ -429,8 +434,7 @@ def main(args: argparse.Namespace) -> None:
 
     for epoch in run.epochs():  # from 0, the untrained network, each with a seed of its own
         start = time.perf_counter()
-        share = args.augment if 0 < epoch <= 0.8 * args.epochs else 0.0
-        data = prepared(run.track(train), share), prepared(val)
+        data = prepared(run.track(train), augmented_share(args, epoch)), prepared(val)
         running, val_loss = run_epoch(model, data, optimizer if epoch else None, schedule, bf16)
         if processes.rank():  # it only trains: the first process does all else
             continue
