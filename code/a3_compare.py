@@ -272,7 +272,7 @@ def main(args: argparse.Namespace) -> None:
     for name, floor in floors.items():
         metrics |= {f'{name}_{key}': value for key, value in floor.items() if value is not None}
         rows[name] = {'run': name} | floor | dict.fromkeys(
-            ('reconstruction_rms', 'test_nll_nats', 'test_bpd', *COSTS))
+            ('frechet_draws', 'reconstruction_rms', 'test_nll_nats', 'test_bpd', *COSTS))
     decoded = test.images[::DECODED].float(), bits.images[::DECODED].float()
     samples = {'real digits': real_test} | dict.fromkeys(COMPARED.values())
     for model in names:
@@ -292,6 +292,8 @@ def main(args: argparse.Namespace) -> None:
             rows[run] = {'run': run} | {
                 name: statistics.mean(measured[name] for measured in judged)
                 for name in judged[0]} | copies | {
+                'frechet_draws': (judge.glance(network.sample(n)[0])['frechet']
+                                  if isinstance(network, a3_vae.VAE) else None),
                 'reconstruction_rms': (
                     None if errors is None else float(errors.square().mean().sqrt())),
                 'test_nll_nats': trained.get('test_nll_nats') if bpd is None else None,

@@ -65,7 +65,7 @@ class Material(NamedTuple):
     n_images: int = 50  # images whose log p(x) is estimated
     n_naive: int = 2 ** 20  # samples of the prior; a power of two
     n_importance: int = 2 ** 14  # samples of q(z|x) for each image; a power of two
-    steps: int = 300  # training steps of the mixture, and of the template's GAN
+    steps: int = 300  # training steps of the mixture
 
 
 def show_images(axes: matplotlib.axes.Axes, images: Tensor, columns: int, names=()) -> None:
@@ -308,7 +308,7 @@ def kl_map(m: Material, figure: Figure) -> dict[str, float]:
     left.contourf(mu, var, kl, (0, *levels, 100),
                   colors=matplotlib.colormaps['Blues'](np.linspace(0, 0.5, 5)))
     lines = left.contour(mu, var, kl, levels, colors='0.25', linewidths=0.6)
-    left.clabel(lines, fmt='%g', manual=[(0, 1.8), *((-math.sqrt(2 * level), 1)
+    left.clabel(lines, fmt='%g', manual=[(0, 1.8), *((math.sqrt(2 * level), 1)
                                                      for level in levels[1:])])
     x, metrics = torch.linspace(-4, 6, 1001)[:, None], {}
     right.plot(x, gaussian_log_density(x, torch.zeros(1), torch.ones(1)).exp(), label='N(0, 1)')
@@ -318,8 +318,8 @@ def kl_map(m: Material, figure: Figure) -> dict[str, float]:
         metrics |= {f'{name}_mean': mean, f'{name}_variance': variance, f'{name}_nats': nats}
         [line] = right.plot(x, gaussian_log_density(x, *q).exp(), label=f'N({mean:g}, {variance})')
         left.plot(mean, variance, 'o', color=line.get_color(), markeredgecolor='white')
-        left.annotate(f'{nats:.3g}', (mean, variance), (0, -11), textcoords='offset points',
-                      ha='center', weight='bold', path_effects=HALO)
+        left.annotate(f'{nats:.3g}', (mean, variance), (-6, 0), textcoords='offset points',
+                      ha='right', va='center', weight='bold', path_effects=HALO)
     left.set(xlabel='μ', ylabel='σ²', yscale='log', title='KL(N(μ, σ²) ‖ N(0, 1)), nats')
     left.grid(False)
     right.set(xlabel='z', ylabel='density')
@@ -360,18 +360,18 @@ def gan_gradients(m: Material, figure: Figure) -> dict[str, float]:
 
 
 def gan_early(m: Material, figure: Figure) -> dict[str, float]:
-    """D(G(z)) in the first steps of the template's GAN, trained with either loss of the generator
-    from the same weights on the same images; and the norm of the saturating loss's gradient,
-    divided by that of the other loss's for the same weights and images."""
+    """D(G(z)) in the first epoch of the template's GAN, if plain gradient descent trains G with
+    either of its losses, from the same weights on the same images; and the norm of the saturating
+    loss's gradient, divided by that of the other loss's for the same weights and images."""
     args, images, curves = a3_gan.parse_args(TEMPLATE_GAN.split()), m.train.images, {}
     for name in GENERATOR_LOSSES:
         torch.manual_seed(0)
         generator, discriminator = (net.to(images.device) for net in a3_gan.make_model(args))
-        optimizer_G, optimizer_D = (
-            torch.optim.Adam(net.parameters(), args.lr, (args.beta1, args.beta2))
-            for net in (generator, discriminator))
+        optimizer_G = torch.optim.SGD(generator.parameters(), lr=0.01)  # Adam rescales gradients
+        optimizer_D = torch.optim.Adam(discriminator.parameters(), args.lr,
+                                       (args.beta1, args.beta2))
         d_fakes, ratios, weights = [], [], list(generator.parameters())
-        for batch in images[torch.randperm(len(images))].split(args.batch_size)[:m.steps]:
+        for batch in images[torch.randperm(len(images))].split(args.batch_size):
             fakes = generator(torch.randn(len(batch), args.latent_dim, device=images.device))
             optimizer_D.zero_grad()
             a3_gan.discriminator_loss(discriminator(batch / 127.5 - 1),
@@ -387,13 +387,15 @@ def gan_early(m: Material, figure: Figure) -> dict[str, float]:
             norms = {each: nn.utils.get_total_norm(found) for each, found in gradients.items()}
             ratios.append(float(norms['saturating'] / norms['non_saturating']))
         curves |= {f'{name}_d_fake': d_fakes, f'{name}_gradient_ratio': ratios}
-    for axes, kind, ylabel in zip(figure.subplots(1, 2), ('d_fake', 'gradient_ratio'), (
-            'mean D(G(z))', 'ratio of gradients'), strict=True):
-        for name in GENERATOR_LOSSES:  # in the colours of `gan_gradients`
-            axes.plot(curves[f'{name}_{kind}'])
-        axes.set(xlabel='step', ylabel=ylabel, yscale='log')
+    left, right = figure.subplots(1, 2)
+    for name, label in zip(GENERATOR_LOSSES, GENERATOR_LABELS, strict=True):
+        left.plot(curves[f'{name}_d_fake'], label=label)
+        right.plot(curves[f'{name}_gradient_ratio'])
+    left.set(xlabel='step', ylabel='mean D(G(z))', yscale='log')
+    right.set(xlabel='step', ylabel='ratio of gradients', yscale='log')
+    left.legend(loc='center right', title='G minimises')
     write_columns(m.folder / 'gan_early.csv', step=range(len(d_fakes)), **curves)
-    return {f'{name}_median': torch.tensor(values[-len(values) // 3:]).median().item()
+    return {f'{name}_median': torch.tensor(values[-100:]).median().item()
             for name, values in curves.items()}
 
 

@@ -64,7 +64,7 @@ ABLATIONS = {
             ('', '--arch mlp', '--penalty 0', '--beta1 0.5'),
             (42, 43, 44), 2),
     'nf': ('a3_nf.py', '--epochs 1', ('val_bpd', 'val_frechet'),
-           ('', '--plan 0', '--plan 16', '--n_layers 1', '--n_hidden 64'), (42, 43, 44), 4),
+           ('', '--plan 0', '--plan 16', '--n_layers 1'), (42, 43, 44), 4),
 }
 FIGURES = [Job('evidence', 'a3_evidence.py', 10), Job('compare', 'a3_compare.py', 16)]
 # The models that are compared, each with the runs of all its seeds, and their names in tables.

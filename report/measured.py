@@ -23,7 +23,8 @@ from files import read_csv, write_text  # noqa: E402
 
 # How metrics are printed, by the end of their names, `_floor` aside: the longest end that fits.
 FORMATS = {'bpd': '.3f', 'bpd_iw': '.3f', 'log10': '.1f', 'frechet': '.1f', 'frechet_fitted': '.1f',
-           'frechet_spread': '.1f', 'frechet_cool': '.1f', 'nats': '.1f', 'minutes': '.1f',
+           'frechet_spread': '.1f', 'frechet_cool': '.1f', 'frechet_draws': '.1f',
+           'nats': '.1f', 'minutes': '.1f',
            'accuracy': '.3f', 'loss_nats': '.2f', 'share_min': '.3f', 'share_max': '.3f',
            'd_fake': '.3f', 'd_real': '.3f', 'max_error': '.1e', 'share_off_float32': '.3f',
            '': '.2f'}
@@ -40,7 +41,6 @@ CHOICES = {
     '--plan 0': "no plan: the detail's small network draws all",
     '--plan 16': "all in the plan: its network draws whole cells in reading order",
     '--n_layers 1': "one layer in the plan's network, not four",
-    '--n_hidden 64': "width 64 of the plan's network, not 128",
 }
 COLUMNS = {'val_neg_elbo_nats': 'validation, nats', 'train_neg_elbo_nats': 'training, nats',
            'val_bpd': 'validation, bits',

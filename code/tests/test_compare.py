@@ -200,14 +200,14 @@ def test_every_run_has_a_row_with_every_measure_that_it_can_have(finished):
     folder, _ = finished
     rows = rows_of(folder.parent)
     assert list(rows) == ['floor', 'floor_train', 'floor_bits', *RUNS]
-    codes, costs = {'reconstruction_rms'}, {'parameters', 'train_minutes'}
-    real = {'test_nll_nats', 'test_bpd'} | codes | costs
+    draws, codes = {'frechet_draws'}, {'reconstruction_rms'}
+    real = {'test_nll_nats', 'test_bpd', 'parameters', 'train_minutes'} | draws | codes
     copies = {'nearest_train_median', 'near_copy_share'}
     absent = {'floor': real, 'one_digits': {'test_bpd'},
               'floor_train': real | copies, 'floor_bits': real | copies,
               'one_seed43_digits': {'test_bpd'}, 'grey_digits': {'test_nll_nats'},
-              'two_digits': {'test_nll_nats', 'test_bpd'} | codes,
-              'three_digits': {'test_nll_nats'}}
+              'two_digits': {'test_nll_nats', 'test_bpd'} | draws | codes,
+              'three_digits': {'test_nll_nats'} | draws}
     assert {name: {key for key in row if row[key] == ''} for name, row in rows.items()} == absent
     for name in RUNS:
         metrics = json.loads((folder.parent / name / 'metrics.json').read_text())
@@ -247,6 +247,9 @@ def test_the_floor_and_a_run_are_measured_as_by_hand(finished, monkeypatch):
         errors = vae.decoder(vae.encoder(bits)[0]) - bits
     assert float(rows['one_digits']['reconstruction_rms']) == pytest.approx(
         float(errors.square().mean().sqrt()), rel=1e-5)
+    draws, means = (judge.glance(images)['frechet'] for images in vae.sample(N))
+    assert float(rows['one_digits']['frechet_draws']) == pytest.approx(draws, rel=0.05)
+    assert abs(draws / means - 1) > 0.1
 
 
 def test_metrics_are_means_and_spreads_of_the_rows(finished):

@@ -284,7 +284,7 @@ def test_the_losses_and_their_gradients_are_the_closed_forms(tmp_path):
 
 
 def test_the_generators_of_the_first_steps_differ_by_their_losses_alone(few, tmp_path):
-    metrics, _ = drawn('gan_early', **few | {'steps': 3})
+    metrics, _ = drawn('gan_early', **few)
     rows = columns(tmp_path / 'gan_early.csv')
     D = rows['saturating_d_fake'][0]
     assert rows['non_saturating_d_fake'][0] == D and 0.4 < D < 0.6
@@ -294,7 +294,7 @@ def test_the_generators_of_the_first_steps_differ_by_their_losses_alone(few, tmp
     assert rows['saturating_d_fake'][1] != rows['non_saturating_d_fake'][1]
     for name in ('saturating', 'non_saturating'):
         assert metrics[f'{name}_gradient_ratio_median'] == pytest.approx(
-            rows[f'{name}_gradient_ratio'][-1], rel=1e-4)
+            np.median(rows[f'{name}_gradient_ratio']), rel=1e-4)
 
 
 def test_the_mixture_is_that_of_torch_distributions():
