@@ -334,8 +334,8 @@ def save_loss_plot(rows: list[dict], filename: Path, floor: float) -> None:
 
 def save_interpolations(averaged: Generator, classifier: measures.DigitClassifier, z: Tensor,
                         run: runs.Run) -> list[int]:
-    """Rows of nine images, from a sample of one class to one of another, by `spherical_path`; the
-    first row is also a figure of its own, and the classes at its ends are returned.
+    """Rows of nine images, from a sample of one class to one of another, by `spherical_path`.
+    Returns the classes at the ends of the first row.
 
     The ends are the samples that the classifier is surest of, one of each class that occurs. A CSV
     beside them has the class that the classifier gives to each image.
@@ -348,7 +348,6 @@ def save_interpolations(averaged: Generator, classifier: measures.DigitClassifie
     paths = torch.stack([spherical_path(start, end, steps=7)
                          for start, end in zip(surest[::2], surest[1::2], strict=False)])
     images = sample(averaged, paths.flatten(0, 1))  # row by row
-    figures.save_grid(run.path('interpolation.png'), images[:9], columns=9)
     figures.save_grid(run.path('interpolations.png'), images, columns=9)
     classes = classifier.look_at(images)[1].argmax(1).tolist()
     write_csv(run.path('interpolations.csv'), [
