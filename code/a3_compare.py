@@ -12,8 +12,8 @@ how well an image is encoded and decoded.
     python code/a3_compare.py --only nf
 
 Reads the finished runs of the three scripts, with their weights, and says which are missing and
-how to make them. Writes `report/results/compare/`: a figure of samples, and the numbers of each
-run (`measures.csv`) and each model (`metrics.json`).
+how to make them. Writes `report/results/compare/`: samples, and the numbers of each run
+(`measures.csv`) and each model (`metrics.json`).
 """
 
 import argparse
@@ -24,11 +24,8 @@ import statistics
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.image import imread
 from torch import Tensor, nn
 
 import a3_gan
@@ -41,7 +38,7 @@ from command_line import Parser, RunError, launch
 from datasets.bmnist import bmnist
 from datasets.mnist import mnist
 from experiments import COMPARED, Job, seeds_of
-from files import atomic, read_csv, write_csv, write_json
+from files import read_csv, write_csv, write_json
 
 N_SAMPLES = 10_000  # samples of each run
 N_DRAWS = 5  # times that so many are drawn: measures by the classifier are averages over these
@@ -49,7 +46,7 @@ N_BLOCKS = 10  # blocks that the samples are drawn in, each of them timed
 DECODED = 10  # every tenth test image is encoded and decoded
 NEAR_COPY = 0.01  # the share of test images that count as copies
 ROWS = 500  # images in a block of distances
-SHOWN = 25, 2  # columns and rows of each model's samples in the figure
+SHOWN = 50  # samples of each model that are shown, in two rows
 COSTS = 'parameters', 'train_minutes', 'images_per_second'  # taken from a model's first run
 
 
@@ -150,40 +147,6 @@ def summarise(rows: list[dict]) -> dict[str, float]:
     return summary
 
 
-# --- figure --------------------------------------------------------------------------------------
-
-
-def save_samples(filename: Path, samples: dict[str, Tensor | None]) -> None:
-    """For each label its first images, one strip below the other, as wide as the report's text.
-
-    Images are (N, 784) in [0, 1], as many as SHOWN says or more; None keeps the strip that the
-    file has. Raises RunError if the file is of another shape.
-    """
-    columns, rows = SHOWN
-    dpi, scale, margin, gap = 300, 2, 200, 16  # in pixels of the file; scale: per image pixel
-    height, width = scale * (29 * rows - 1), scale * (29 * columns - 1)
-    shape = len(samples) * (height + gap) - gap, margin + width
-    canvas = imread(filename)[..., 0] if None in samples.values() else np.ones(shape)
-    if canvas.shape != shape:
-        raise RunError(f'{filename} is of another shape: leave out --only')
-    canvas[:, :margin] = 1  # the labels are written anew
-    with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(shape[1] / dpi, shape[0] / dpi), dpi=dpi)
-        for index, (label, images) in enumerate(samples.items()):
-            top = index * (height + gap)
-            figure.text(0, 1 - (top + height / 2) / shape[0], label.replace(', ', ',\n'),
-                        va='center')
-            if images is not None:
-                cells = images[:columns * rows].cpu().numpy().reshape(rows, columns, 28, 28)
-                cells = np.pad(cells, [(0, 0), (0, 0), (0, 1), (0, 1)], constant_values=0.75)
-                grid = cells.swapaxes(1, 2).reshape(29 * rows, 29 * columns)[:-1, :-1]
-                canvas[top:top + height, margin:] = grid.repeat(scale, 0).repeat(scale, 1)
-        grey = (255 * canvas).round().astype(np.uint8)
-        figure.figimage(np.stack([grey] * 3, axis=-1))  # pixel for pixel
-        with atomic(filename) as file:
-            figure.savefig(file, format='png', metadata={'Software': None})
-
-
 # --- the comparison ------------------------------------------------------------------------------
 
 
@@ -274,7 +237,7 @@ def main(args: argparse.Namespace) -> None:
         rows[name] = {'run': name} | floor | dict.fromkeys(
             ('frechet_draws', 'reconstruction_rms', 'test_nll_nats', 'test_bpd', *COSTS))
     decoded = test.images[::DECODED].float(), bits.images[::DECODED].float()
-    samples = {'real digits': real_test} | dict.fromkeys(COMPARED.values())
+    samples = {'real': real_test}
     for model in names:
         for job in jobs[model]:
             run, network = job.name, networks[job.name].to(device)
@@ -301,7 +264,7 @@ def main(args: argparse.Namespace) -> None:
                 'train_minutes': trained.get('train_minutes'), 'images_per_second': rate}
             runs.finite(rows[run], f'in {run}')
             if job is jobs[model][0]:
-                samples[COMPARED[model]] = images
+                samples[model] = images
             print(f'{run}  ' + '  '.join(f'{key} {value:.4g}' for key, value in rows[run].items()
                                          if isinstance(value, float)), flush=True)
         metrics |= {f'{model}_{key}': value for key, value in
@@ -313,8 +276,9 @@ def main(args: argparse.Namespace) -> None:
     if not args.dry_run:
         config['fingerprint'] = runs.fingerprint(main, args)
     folder.mkdir(parents=True, exist_ok=True)
-    save_samples(folder / 'samples.png', samples)  # first, since it may refuse to add to a file
     (folder / 'metrics.json').unlink(missing_ok=True)  # until the rest is there
+    for name, images in samples.items():
+        figures.save_grid(folder / f'samples_{name}.png', images[:SHOWN], SHOWN // 2, scale=2)
     write_json(folder / 'config.json', config)
     order = [*floors, *(job.name for model in COMPARED for job in jobs[model])]
     write_csv(folder / 'measures.csv', [rows[run] for run in order])

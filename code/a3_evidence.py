@@ -148,7 +148,7 @@ def codes(m: Material, figure: Figure) -> dict[str, float]:
         z = m.models[run].encoder(m.test_bits)[0].cpu()
         columns[f'{run}_1'], columns[f'{run}_2'] = z.T.double().round(decimals=2)
         axes.scatter(*z.T, s=0.8, c=CLASS_COLOURS[labels], linewidths=0, rasterized=True)
-        axes.plot(radius * angle.cos(), radius * angle.sin(), 'k-', linewidth=0.5)
+        axes.plot(radius * angle.cos(), radius * angle.sin(), 'k-', linewidth=0.5, zorder=5)
         low, high = z.quantile(torch.tensor([0.005, 0.995]), dim=0)
         middle, side, medians = (low + high) / 2, 1.1 * (high - low).max(), []
         for label in labels.unique().tolist():
