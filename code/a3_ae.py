@@ -75,18 +75,13 @@ def decodings(model: AutoEncoder, n: int) -> Tensor:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add('--epochs', type=whole_number(1),
-        help="passes over the training images (default: the VAE's)")
     add('--model', choices=('ae', 'dae'), default='ae', help='plain or denoising autoencoder')
     add('--zdim', type=whole_number(1), default=20, help='size of the code')
     add('--share', type=number(0, 1), default=0.3,
         help='dae: share of the pixels that the encoder sees as 0')
-    add('--hidden_dim', type=whole_number(1), help="units of each layer (default: the VAE's)")
-    add('--batch_size', type=whole_number(1), default=256, help='images in a step')
-    add('--lr', type=number(0), help="highest learning rate (default: the VAE's)")
+    a3_vae.add_training_arguments(parser)
     parser.add_shared_arguments()
-    vae = vars(a3_vae.parse_args([f'--zdim={parser.parse_args(argv).zdim}']))
-    parser.set_defaults(**{name: vae[name] for name in (*a3_vae.MANY, 'likelihood')})
+    parser.set_defaults(**(a3_vae.FEW if parser.parse_args(argv).zdim < 5 else a3_vae.MANY))
     args = parser.parse_args(argv)
     if args.model == 'ae' and args.share != parser.get_default('share'):
         parser.error('--share has no meaning with --model ae')
@@ -96,7 +91,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def make_model(args: argparse.Namespace) -> AutoEncoder:
     """The untrained autoencoder that these arguments ask for."""
-    return AutoEncoder(a3_vae.make_model(args), args.share if args.model == 'dae' else 0.)
+    vae = a3_vae.VAE(args.hidden_dim, args.zdim, args.n_layers, args.skip == 'yes')
+    return AutoEncoder(vae, args.share if args.model == 'dae' else 0.)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -370,12 +370,9 @@ def save_reconstructions(model: nn.Module, images: Tensor, run: runs.Run,
 # --- the run -------------------------------------------------------------------------------------
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add('--zdim', type=whole_number(1), default=20, help='number of latent dimensions')
-    add('--likelihood', choices=('bernoulli', 'logistic'), default='bernoulli',
-        help='bernoulli trains on binarised MNIST, logistic on grey MNIST')
+def add_training_arguments(parser: Parser, grey: bool = False) -> None:
+    """Add the flags of networks and training, whose defaults depend on --zdim and, if there is
+    such a flag (`grey`), on --likelihood."""
     for name, options, help in (
             ('epochs', {'type': whole_number(1)}, 'passes over the training images'),
             ('hidden_dim', {'type': whole_number(1)}, 'units of each hidden layer'),
@@ -385,9 +382,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
              'sheared and moved a little, until the last fifth of the epochs'),
             ('lr', {'type': number(0)}, 'highest learning rate'),
             ('weight_decay', {'type': number(0, 1)}, 'weight decay of AdamW')):
-        add(f'--{name}', **options, help=f'{help} (default: {MANY[name]}; {FEW[name]} with fewer '
-            f'than 5 latent dimensions; always {GREY[name]} with --likelihood logistic)')
-    add('--batch_size', type=whole_number(1), default=256, help='images in a step')
+        parser.add_argument(f'--{name}', **options, help=(
+            f'{help} (default: {MANY[name]}; {FEW[name]} with fewer than 5 latent dimensions'
+            + f'; always {GREY[name]} with --likelihood logistic' * grey + ')'))
+    parser.add_argument('--batch_size', type=whole_number(1), default=256, help='images in a step')
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add('--zdim', type=whole_number(1), default=20, help='number of latent dimensions')
+    add('--likelihood', choices=('bernoulli', 'logistic'), default='bernoulli',
+        help='bernoulli trains on binarised MNIST, logistic on grey MNIST')
+    add_training_arguments(parser, grey=True)
     add('--iw_samples', type=whole_number(1), default=1000,
         help='importance samples for log p(x) of each test image; with two latent dimensions and '
              'bernoulli it is integrated instead')
