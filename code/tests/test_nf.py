@@ -384,7 +384,8 @@ def test_final_estimates_are_of_these_images_in_this_precision(monkeypatch, draw
 
 
 @pytest.mark.parametrize('last, marks', [(1.1, {}), (1.5, {'1.85': 1.85})])
-def test_the_mark_of_the_assignment_is_shown_unless_a_flow_is_far_below_it(monkeypatch, last, marks):
+def test_the_mark_of_the_assignment_is_shown_unless_the_flow_is_far_below(
+        monkeypatch, last, marks):
     panels = []
     monkeypatch.setattr(a3_nf.figures, 'save_curves', lambda *drawn: panels.extend(drawn[2]))
     a3_nf.save_bpd_plot([8., *[2.] * 50], [8., *[2.5] * 49, last], 'bpd.pdf')
