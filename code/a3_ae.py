@@ -6,8 +6,8 @@
 The second is the denoising autoencoder of Vincent et al., Extracting and Composing Robust Features
 with Denoising Autoencoders (ICML 2008). Neither loss says anything about where the codes lie, so
 there is no distribution to draw z from, and no likelihood of an image. The figures still show what
-the decoders make of z ~ N(0, I), as if they were VAEs, beside reconstructions. All but the loss is
-as in `a3_vae.py`: data, augmentation, networks, optimizer, schedule and their defaults.
+the decoders make of z ~ N(0, I), as if they were VAEs, beside reconstructions. Everything but the
+loss is as in `a3_vae.py`: data, augmentation, networks, optimizer, schedule and their defaults.
 
     python code/a3_ae.py --model ae
     python code/a3_ae.py --model dae

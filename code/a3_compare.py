@@ -4,7 +4,8 @@ Compared are the VAE with 20 latent dimensions on binarised digits and on grey o
 the flow of this project, and the template's GAN and flow; if other seeds were trained, with mean
 and spread. A digit classifier (`measures.py`) judges as many samples of each run as there are test
 images, five times over; real images, measured in the same way, are the floor, as they are and
-binarised, since the first VAE has seen no greys. Further columns say whether samples copy training
+binarised, since the first VAE has seen no greys. The samples of VAEs are means of p(x|z); the
+distance of samples proper is `frechet_draws`. Further columns say whether samples copy training
 images, what training and sampling cost, and, where a model can tell, the likelihood of images and
 how well an image is encoded and decoded.
 
@@ -186,6 +187,8 @@ def kept(folder: Path, classifier: str) -> tuple[dict, dict[str, dict], dict[str
         metrics = runs.read_json(folder / 'metrics.json')
         digests = runs.read_json(folder / 'config.json')['runs']
         rows = {row['run']: row for row in read_csv(folder / 'measures.csv')}
+        for model in COMPARED:
+            (folder / f'samples_{model}.png').stat()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f'{folder} has no comparison to add to, leave out --only: {error}'
                        ) from None
@@ -255,8 +258,9 @@ def main(args: argparse.Namespace) -> None:
             rows[run] = {'run': run} | {
                 name: statistics.mean(measured[name] for measured in judged)
                 for name in judged[0]} | copies | {
-                'frechet_draws': (judge.glance(network.sample(n)[0])['frechet']
-                                  if isinstance(network, a3_vae.VAE) else None),
+                'frechet_draws': (statistics.mean(
+                    judge.glance(network.sample(n)[0])['frechet'] for _ in judged)
+                    if isinstance(network, a3_vae.VAE) else None),
                 'reconstruction_rms': (
                     None if errors is None else float(errors.square().mean().sqrt())),
                 'test_nll_nats': trained.get('test_nll_nats') if bpd is None else None,
@@ -275,12 +279,14 @@ def main(args: argparse.Namespace) -> None:
     config = runs.describe(main, args, source, device) | {'runs': digests}
     if not args.dry_run:
         config['fingerprint'] = runs.fingerprint(main, args)
+    order = [*floors, *(job.name for model in COMPARED for job in jobs[model])]
+    if len({tuple(rows[run]) for run in order}) > 1:
+        raise RunError(f'{folder} has other columns: leave out --only')
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'metrics.json').unlink(missing_ok=True)  # until the rest is there
     for name, images in samples.items():
         figures.save_grid(folder / f'samples_{name}.png', images[:SHOWN], SHOWN // 2, scale=2)
     write_json(folder / 'config.json', config)
-    order = [*floors, *(job.name for model in COMPARED for job in jobs[model])]
     write_csv(folder / 'measures.csv', [rows[run] for run in order])
     write_json(folder / 'metrics.json', runs.finite(metrics, 'in the comparison'))
     print(f'files in {folder}: ' + ', '.join(sorted(path.name for path in folder.iterdir())))

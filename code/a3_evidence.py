@@ -243,8 +243,8 @@ def monte_carlo(m: Material, figure: Figure) -> dict[str, float]:
     """How many nats below log p(x) naive and importance sampling end (question 1.4).
 
     With two latent dimensions log p(x) is known, by integration. Elsewhere the largest of three
-    lower bounds stands for it: those two, and importance sampling as in `a3_vae.py`. The samples
-    with which naive sampling comes within one nat are shown beside exp KL(q(z|x) ‖ p(z))
+    lower bounds stands for it: those two, and importance sampling as in `a3_vae.py`. The number
+    of samples with which naive sampling comes within one nat is shown beside exp KL(q(z|x) ‖ p(z))
     (Chatterjee and Diaconis, The Sample Size Required in Importance Sampling, Annals of Applied
     Probability 2018, theorem 1.1, where q is the posterior).
     """
@@ -360,9 +360,9 @@ def gan_gradients(m: Material, figure: Figure) -> dict[str, float]:
 
 
 def gan_early(m: Material, figure: Figure) -> dict[str, float]:
-    """D(G(z)) in the first epoch of the template's GAN, if plain gradient descent trains G with
+    """D(G(z)) in the first epoch of the template's GAN, when plain gradient descent trains G on
     either of its losses, from the same weights on the same images; and the norm of the saturating
-    loss's gradient, divided by that of the other loss's for the same weights and images."""
+    loss's gradient, divided by the norm of the other's, for the same weights and images."""
     args, images, curves = a3_gan.parse_args(TEMPLATE_GAN.split()), m.train.images, {}
     for name in GENERATOR_LOSSES:
         torch.manual_seed(0)
@@ -546,7 +546,7 @@ def main(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     trained = {run: json.loads(text) for run, (_, text) in loaded.items()}
     material = Material(folder, models, trained, *loaders, bits[0].float(), bits[2].float(), **few)
-    metrics, digests = {}, {}
+    metrics, made, digests = {}, {}, {}
     if not args.only:
         (folder / 'metrics.json').unlink(missing_ok=True)
     elif (folder / 'metrics.json').is_file():  # the other figures stay
@@ -561,9 +561,11 @@ def main(args: argparse.Namespace) -> None:
         runs.seed_all(args.seed, name)  # the same whichever other figures are made
         with pdf_figure(folder / f'{name}.pdf', height) as figure:
             numbers = draw(material, figure)
-        metrics |= runs.finite({f'{name}_{key}': value for key, value in numbers.items()},
-                               f'in {folder}')
+        made |= runs.finite({f'{name}_{key}': value for key, value in numbers.items()},
+                            f'in {folder}')
         print(folder / f'{name}.pdf', flush=True)
+    metrics = {name: value for name, value in metrics.items()  # but what is no longer measured
+               if name in made or not name.startswith(tuple(f'{each}_' for each in names))} | made
     config = runs.describe(main, args, loaders[0].source, device) | {'runs': digests}
     if not args.dry_run:
         config['fingerprint'] = runs.fingerprint(main, args)

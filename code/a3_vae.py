@@ -371,8 +371,8 @@ def save_reconstructions(model: nn.Module, images: Tensor, run: runs.Run,
 
 
 def add_training_arguments(parser: Parser, grey: bool = False) -> None:
-    """Add the flags of networks and training, whose defaults depend on --zdim and, if there is
-    such a flag (`grey`), on --likelihood."""
+    """Add the flags of networks and training. The caller sets the defaults, but for --batch_size:
+    by --zdim and, if the script has such a flag (`grey`), by --likelihood."""
     for name, options, help in (
             ('epochs', {'type': whole_number(1)}, 'passes over the training images'),
             ('hidden_dim', {'type': whole_number(1)}, 'units of each hidden layer'),
@@ -383,7 +383,7 @@ def add_training_arguments(parser: Parser, grey: bool = False) -> None:
             ('lr', {'type': number(0)}, 'highest learning rate'),
             ('weight_decay', {'type': number(0, 1)}, 'weight decay of AdamW')):
         parser.add_argument(f'--{name}', **options, help=(
-            f'{help} (default: {MANY[name]}; {FEW[name]} with fewer than 5 latent dimensions'
+            f'{help} (default: {MANY[name]}; {FEW[name]} with --zdim below 5'
             + f'; always {GREY[name]} with --likelihood logistic' * grey + ')'))
     parser.add_argument('--batch_size', type=whole_number(1), default=256, help='images in a step')
 

@@ -46,9 +46,9 @@ MAIN = [
     *ASKED_FOR,
     Job('vae_z20_own_bits', 'a3_vae.py --zdim 20', 5.5, data='MNIST/raw'),  # no .amat files there
     Job('gan_template', f'a3_gan.py {TEMPLATE_GAN}', 16),
-    *(Job(f'vae_z{zdim}', f'a3_vae.py --zdim {zdim}', 5.5) for zdim in (3, 4, 5, 10)),
+    *(Job(f'vae_z{zdim}', f'a3_vae.py --zdim {zdim}', 6) for zdim in (3, 4, 5, 10)),
     Job('vae_logistic_z20', 'a3_vae.py --likelihood logistic', 12),
-    *(Job(f'{model}_z{zdim}', f'a3_ae.py --model {model} --zdim {zdim}', 3)
+    *(Job(f'{model}_z{zdim}', f'a3_ae.py --model {model} --zdim {zdim}', 4)
       for zdim in (20, 2) for model in ('ae', 'dae')),
     *(Job(f'{job.name}_seed{seed}', f'{job.command} --seed {seed}', job.minutes)
       for seed in (43, 44) for job in ASKED_FOR if job.name in ('vae_z20', 'gan', 'nf')),

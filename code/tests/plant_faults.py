@@ -34,7 +34,7 @@ NAMES = {'experiments': 'results', 'measured': 'report', 'submission': 'report',
          **dict.fromkeys(('common', 'mnist', 'bmnist', 'digits'), 'data')}
 EQUIVALENT = {  # for each reason, how the faults that it excuses begin as they are printed
     'only how a figure looks': (
-        'code/a3_compare.py: 1 - (top + height / 2)', 'code/a3_evidence.py: pha=0.25, linewidth=0',
+        'code/a3_evidence.py: pha=0.25, linewidth=0',
         'code/a3_evidence.py: np.linspace(0, 0.5, 5)', "code/figures.py: 'xtick.labelsize': 8",
         "code/a3_evidence.py: or='0.4', linewidth=0.8", "code/figures.py: '-.', ':', (0, (3, 1,",
         'code/a3_evidence.py: xes.scatter(*z.T, s=0.8'),

@@ -21,7 +21,8 @@ from helpers import assert_one_line, read_csv, stamps
 from test_vae import bits, off_by_errors, randomised
 
 TINY = ('--dataset', 'digits', '--hidden_dim', 16, '--batch_size', 50, '--seed', 7)
-TWO = (*TINY, '--model', 'dae', '--zdim', 2, '--precision', 'fp32', '--epochs', 4, '--run', 'two')
+TWO = (*TINY, '--model', 'dae', '--zdim', 2, '--precision', 'fp32', '--epochs', 4,
+       '--weight_decay', 0.05, '--run', 'two')
 
 
 def reconstruction_error(model: AutoEncoder, seen: Tensor, images: Tensor) -> Tensor:
@@ -81,11 +82,19 @@ def test_only_the_denoising_one_hides_pixels_and_the_networks_are_those_of_the_v
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory, read_run) -> tuple[Path, dict]:
     """The folder of a finished run, and what was in it when the run ended."""
-    results = tmp_path_factory.mktemp('finished')
+    results, shares, prepared = tmp_path_factory.mktemp('finished'), [], a3_vae.prepared
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digits, 'SIZES', FEWER_DIGITS)
+        patch.setattr(a3_ae, 'prepared', lambda data, share: (
+            shares.append(share) or prepared(data, share)))
         a3_ae.main(a3_ae.parse_args([*map(str, TWO), f'--results_dir={results}']))
+    assert shares == [0., 0.6, 0.6, 0.6, 0.]  # as the VAE: not before, nor in the last fifth
     return results / 'two', read_run(results / 'two')
+
+
+def test_weights_decay_as_the_arguments_say(finished):
+    parts = torch.load(finished[0] / 'checkpoint.pt', weights_only=True)['parts']
+    assert [group['weight_decay'] for group in parts['optimizer']['param_groups']] == [0.05]
 
 
 def test_the_log_and_the_curve_fall_from_the_untrained_network_on(finished):
@@ -124,6 +133,7 @@ def test_sample_changes_nothing_else_and_draws_from_no_other_model(copied, run_h
     (copied / 'sample.png').unlink()
     other = run_here(*words, '--model', 'ae')  # though the tensors would fit
     assert_one_line(other, 'is another run: model was dae, is now ae')
+    assert_one_line(run_here(*words, '--n_layers', 2), 'n_layers was 3, is now 2')
     assert stamps(copied) == before
 
 

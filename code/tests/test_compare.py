@@ -311,7 +311,10 @@ def test_only_measures_one_model_again_and_keeps_the_others(copied, compare):
 @pytest.mark.parametrize('spoil, reason', [
     (lambda folder: (folder / 'measures.csv').unlink(), 'no comparison to add to'),
     (lambda folder: (folder / 'metrics.json').write_text('{"classifier_sha256": "0"}'),
-     'judged by another classifier')])
+     'judged by another classifier'),
+    (lambda folder: (folder / 'samples_two.png').unlink(), 'no comparison to add to'),
+    (lambda folder: (folder / 'measures.csv').write_text((folder / 'measures.csv').read_text(
+        ).replace('frechet_draws', 'frechet_means')), 'other columns')])
 def test_only_has_nothing_to_add_to_in_another_comparison(copied, compare, spoil, reason):
     spoil(copied / 'compare_digits')
     before = stamps(copied / 'compare_digits')

@@ -285,9 +285,15 @@ def test_the_losses_and_their_gradients_are_the_closed_forms(tmp_path):
         assert metrics[f'early_{name}'] == pytest.approx(early, 1e-4)
 
 
-def test_the_generators_of_the_first_steps_differ_by_their_losses_alone(few, tmp_path):
+def test_the_generators_of_the_first_epoch_differ_by_their_losses_alone(few, tmp_path,
+                                                                        monkeypatch):
+    descents, descent = [], torch.optim.SGD
+    monkeypatch.setattr(torch.optim, 'SGD', lambda weights, **options: (
+        descents.append(options) or descent(weights, **options)))
     metrics, _ = drawn('gan_early', **few)
+    assert descents == [{'lr': 0.01}] * 2
     rows = columns(tmp_path / 'gan_early.csv')
+    assert len(rows['step']) == 5  # batches of 64 of all 300 images
     D = rows['saturating_d_fake'][0]
     assert rows['non_saturating_d_fake'][0] == D and 0.4 < D < 0.6
     # At first D is nearly the same for all fakes, so the gradients are those of one logit.
@@ -368,6 +374,8 @@ def test_a_dry_run_makes_every_figure_offline_and_leaves_no_results(finished):
 def test_figures_made_alone_are_the_same_and_leave_the_others(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(digits, 'SIZES', FEW_DIGITS)
     folder = shutil.copytree(finished, tmp_path / 'evidence')
+    metrics = (folder / 'metrics.json').read_text()
+    (folder / 'metrics.json').write_text(metrics.replace('{', '{"gan_gradients_gone": 1,', 1))
     before = stamps(folder)
     a3_evidence.main(a3_evidence.parse_args([
         '--dry_run', '--data_dir', 'empty', '--results_dir', str(tmp_path), '--only',
