@@ -26,7 +26,7 @@ FORMATS = {'bpd': '.3f', 'bpd_iw': '.3f', 'log10': '.1f', 'frechet': '.1f', 'fre
            'frechet_spread': '.1f', 'frechet_cool': '.1f', 'frechet_draws': '.1f',
            'frechet_draws_spread': '.1f', 'nats': '.1f', 'minutes': '.1f', 'accuracy': '.3f',
            'loss_nats': '.2f', 'share_min': '.3f', 'share_max': '.3f', 'd_fake': '.3f',
-           'd_real': '.3f', 'max_error': '.1e', 'share_off_float32': '.3f',
+           'd_real': '.3f', 'd_val': '.3f', 'max_error': '.1e', 'share_off_float32': '.3f',
            'saturating_d_fake_median': '.1e', 'saturating_gradient_ratio_median': '.1e',
            'non_saturating_d_fake_median': '.2f', 'non_saturating_gradient_ratio_median': '.2f',
            '': '.2f'}
