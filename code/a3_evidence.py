@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,12 +37,12 @@ from command_line import Parser, RunError, launch
 from datasets import bmnist
 from datasets.common import Loader
 from datasets.mnist import mnist
-from experiments import AUTOENCODERS, LATENT_SIZES, MONTE_CARLO, TEMPLATE_GAN, find
+from experiments import AUTOENCODERS, FLOWS, LATENT_SIZES, MONTE_CARLO, TEMPLATE_GAN, find
 from figures import COLOURS, pdf_figure
 from files import atomic, write_csv, write_json
 from marginal_likelihood import (ROWS, bernoulli_log_likelihoods, gaussian_log_density,
                                  importance_log_weights, importance_sampled_log_px,
-                                 log_px_on_lattice)
+                                 log_px_on_lattice, prior_log_density)
 
 TABLE = ('val_neg_elbo_nats', 'test_neg_elbo_nats', 'test_reconstruction_nats', 'test_kl_nats',
          'test_nll_nats')
@@ -62,9 +63,9 @@ class Material(NamedTuple):
     train_bits: Tensor  # the images of `train`, binarised, (N, 784)
     test_bits: Tensor
     n_decoded: int = 10_000  # generated images for a Fréchet distance
-    n_images: int = 50  # images whose log p(x) is estimated
+    n_images: int = 200  # images whose log p(x) is estimated
     n_naive: int = 2 ** 20  # samples of the prior; a power of two
-    n_importance: int = 2 ** 14  # samples of q(z|x) for each image; a power of two
+    n_importance: int = 2 ** 12  # samples of q(z|x) for each image; a power of two
     steps: int = 300  # training steps of the mixture
 
 
@@ -97,7 +98,9 @@ def decodings(m: Material, figure: Figure) -> dict[str, float]:
     """Decode the same twelve z ~ N(0, I) with AE, DAE and VAE (question 1.1).
 
     The numbers: the Fréchet distance of such images to the test images, the same with z from a
-    Gaussian fitted to the training codes, and how far the test codes are from N(0, I).
+    Gaussian fitted to the training codes, the reconstruction term of test images at their mean
+    codes, and how far these codes are from N(0, I); and for the VAE, how often the classifier is
+    unsure of an image (`unsure_shares`).
     """
     noise = {zdim: torch.randn(m.n_decoded, zdim, device=m.test.images.device)
              for zdim in (2, 20)}  # before the classifier, whose training seeds the generator
@@ -111,6 +114,7 @@ def decodings(m: Material, figure: Figure) -> dict[str, float]:
             variance = (std.square().mean(0) if isinstance(model, a3_vae.VAE)
                         else torch.full_like(std[0], 1e-6))  # for a positive definite covariance
             moments.append((mean.mean(0), mean.T.cov() + variance.diag()))
+        reconstruction = -float(model.decoder.log_likelihood(bits, mean).mean())  # of test images
         (train_mean, train_cov), (mean, cov) = moments
         z, std = noise[model.z_dim], cov.diag().sqrt()
         images = model.decoder(z)
@@ -118,10 +122,26 @@ def decodings(m: Material, figure: Figure) -> dict[str, float]:
         shown.append(images[:12])
         rows.append({'model': run, 'frechet': judge.glance(images)['frechet'],
                      'frechet_fitted': judge.glance(fitted)['frechet'],
+                     'reconstruction_nats': reconstruction,
                      'code_std': float(std.mean()), 'code_kl_nats': float(gaussian_kl(mean, std))})
     show_images(figure.subplots(), torch.cat(shown[3:]), 12, ['AE', 'DAE', 'VAE'])
-    return write_rows(m.folder / 'decodings.csv', rows, 'model') | {
+    unsure = unsure_shares(model, classifier, z[:m.n_decoded // 5], m.train_bits)
+    return write_rows(m.folder / 'decodings.csv', rows, 'model') | unsure | {
         'frechet_floor': judge.glance(m.val.images / 255)['frechet']}
+
+
+def unsure_shares(vae: a3_vae.VAE, classifier: measures.DigitClassifier, z: Tensor, bits: Tensor
+                  ) -> dict[str, float]:
+    """The share of codes z ~ p(z) from whose images the classifier gives no class 90 %, in the
+    quarter that the codes of the images cover least, by (1/N Σ_n q(z|x_n)) / p(z), and in the
+    quarter that they cover best. Shapes: (L, D) and (N, 784)."""
+    posteriors = vae.encoder(bits)
+    covered = torch.cat([gaussian_log_density(rows[:, None], *posteriors).logsumexp(1)
+                         - prior_log_density(rows) for rows in z.split(20)])
+    unsure = classifier.look_at(vae.decoder(z))[1].exp().amax(1) < 0.9
+    quarters = unsure[covered.argsort()].float().split(-(-len(z) // 4))
+    return {'unsure_share_least_covered': float(quarters[0].mean()),
+            'unsure_share_best_covered': float(quarters[-1].mean())}
 
 
 def nearest_neighbours(train_z: Tensor, train_y: Tensor, z: Tensor, k: int = 10) -> Tensor:
@@ -134,11 +154,18 @@ def nearest_neighbours(train_z: Tensor, train_y: Tensor, z: Tensor, k: int = 10)
 def codes(m: Material, figure: Figure) -> dict[str, float]:
     """Show the two-dimensional mean codes of the test images, by class, and the prior as circles.
 
-    The numbers: how accurately the nearest training codes predict the class.
+    The numbers: how accurately the nearest training codes predict the class; also with the latents
+    of flows as codes.
     """
     probes, y = [], m.test.labels
-    for run in AUTOENCODERS:
-        train_z, z = (m.models[run].encoder(bits)[0] for bits in (m.train_bits, m.test_bits))
+    for run in AUTOENCODERS + FLOWS:
+        model = m.models[run]
+        if run in FLOWS:
+            train_z, z = (torch.cat([model.encode(model.dequantize(rows.float()))[0]
+                                     for rows in loader.images.split(a3_nf.EVAL_BATCH)])
+                          for loader in (m.train, m.test))
+        else:
+            train_z, z = (model.encoder(bits)[0] for bits in (m.train_bits, m.test_bits))
         found = nearest_neighbours(train_z, m.train.labels, z)
         probes.append({'model': run, 'knn_accuracy': float((found == y).float().mean())})
     labels = y.cpu()
@@ -196,7 +223,7 @@ def traversals(m: Material, figure: Figure) -> dict[str, float]:
     start = model.encoder(m.test_bits[m.test.labels == 3][:1])[0]
     z = start.repeat(len(order), 11, 1)  # (axes, values, D)
     z[range(len(order)), :, order] = torch.linspace(-3, 3, 11, device=z.device)
-    images, bars = figure.subplots(1, 2, width_ratios=(1.9, 1))
+    images, bars = figure.subplots(1, 2)
     show_images(images, model.decoder(z.flatten(0, 1)), 11, [f'$z_{{{axis + 1}}}$'
                                                              for axis in order.tolist()])
     images.set_xticks([30 * i + 14.5 for i in (0, 5, 10)], ['−3', '0', '3'])
@@ -292,8 +319,10 @@ def monte_carlo(m: Material, figure: Figure) -> dict[str, float]:
                   label='exp KL(q ‖ p)')
     axes.plot(zdim, log10, 'o', color=COLOURS[0], markersize=4, label='measured')
     axes.yaxis.set_major_formatter(lambda power, _: f'$10^{{{power:g}}}$')
-    axes.set(title='naive: to within one nat', xlabel='latent dimensions', xticks=zdim,
+    axes.set(title='naive: to within one nat', xlabel='latent dimensions', xscale='log',
              ylabel='samples needed')
+    axes.set_xticks(zdim, [f'{d:g}' for d in zdim])
+    axes.minorticks_off()
     axes.legend(loc='lower right')
     write_csv(m.folder / 'monte_carlo.csv', curves)
     return write_rows(m.folder / 'monte_carlo_needed.csv', needed, 'zdim', prefix='z')
@@ -359,44 +388,60 @@ def gan_gradients(m: Material, figure: Figure) -> dict[str, float]:
     return {f'early_{name}': float(values[50]) for name, values in columns.items()}
 
 
+def first_epoch(images: Tensor, loss: str, seed: int
+                ) -> tuple[a3_gan.Generator, dict[str, list[float]]]:
+    """The template's GAN for an epoch, with G trained by plain gradient descent on that loss: G,
+    and for each batch the mean D(G(z)), and the norm of the saturating loss's gradient in the
+    weights of G, divided by that of the other loss, for the same weights and images."""
+    args, curves = a3_gan.parse_args(TEMPLATE_GAN.split()), {'d_fake': [], 'gradient_ratio': []}
+    torch.manual_seed(seed)
+    generator, discriminator = (net.to(images.device) for net in a3_gan.make_model(args))
+    optimizer_G = torch.optim.SGD(generator.parameters(), lr=0.01)  # Adam rescales gradients
+    optimizer_D = torch.optim.Adam(discriminator.parameters(), args.lr, (args.beta1, args.beta2))
+    weights = list(generator.parameters())
+    for batch in images[torch.randperm(len(images))].split(args.batch_size):
+        fakes = generator(torch.randn(len(batch), args.latent_dim, device=images.device))
+        optimizer_D.zero_grad()
+        a3_gan.discriminator_loss(discriminator(batch / 127.5 - 1),
+                                  discriminator(fakes.detach())).backward()
+        optimizer_D.step()
+        logits = discriminator(fakes)
+        gradients = {each: torch.autograd.grad(loss_G(logits), weights, retain_graph=True)
+                     for each, loss_G in GENERATOR_LOSSES.items()}
+        for weight, gradient in zip(weights, gradients[loss], strict=True):
+            weight.grad = gradient
+        optimizer_G.step()
+        norms = {each: nn.utils.get_total_norm(found) for each, found in gradients.items()}
+        curves['d_fake'].append(float(logits.detach().sigmoid().mean()))
+        curves['gradient_ratio'].append(float(norms['saturating'] / norms['non_saturating']))
+    return generator, curves
+
+
 def gan_early(m: Material, figure: Figure) -> dict[str, float]:
-    """D(G(z)) in the first epoch of the template's GAN, when plain gradient descent trains G on
-    either of its losses, from the same weights on the same images; and the norm of the saturating
-    loss's gradient, divided by the norm of the other's, for the same weights and images."""
-    args, images, curves = a3_gan.parse_args(TEMPLATE_GAN.split()), m.train.images, {}
-    for name in GENERATOR_LOSSES:
-        torch.manual_seed(0)
-        generator, discriminator = (net.to(images.device) for net in a3_gan.make_model(args))
-        optimizer_G = torch.optim.SGD(generator.parameters(), lr=0.01)  # Adam rescales gradients
-        optimizer_D = torch.optim.Adam(discriminator.parameters(), args.lr,
-                                       (args.beta1, args.beta2))
-        d_fakes, ratios, weights = [], [], list(generator.parameters())
-        for batch in images[torch.randperm(len(images))].split(args.batch_size):
-            fakes = generator(torch.randn(len(batch), args.latent_dim, device=images.device))
-            optimizer_D.zero_grad()
-            a3_gan.discriminator_loss(discriminator(batch / 127.5 - 1),
-                                      discriminator(fakes.detach())).backward()
-            optimizer_D.step()
-            logits = discriminator(fakes)
-            gradients = {each: torch.autograd.grad(loss_G(logits), weights, retain_graph=True)
-                         for each, loss_G in GENERATOR_LOSSES.items()}
-            for weight, gradient in zip(weights, gradients[name], strict=True):
-                weight.grad = gradient
-            optimizer_G.step()
-            d_fakes.append(float(logits.detach().sigmoid().mean()))
-            norms = {each: nn.utils.get_total_norm(found) for each, found in gradients.items()}
-            ratios.append(float(norms['saturating'] / norms['non_saturating']))
-        curves |= {f'{name}_d_fake': d_fakes, f'{name}_gradient_ratio': ratios}
-    left, right = figure.subplots(1, 2)
-    for name, label in zip(GENERATOR_LOSSES, GENERATOR_LABELS, strict=True):
-        left.plot(curves[f'{name}_d_fake'], label=label)
-        right.plot(curves[f'{name}_gradient_ratio'])
-    left.set(xlabel='step', ylabel='mean D(G(z))', yscale='log')
-    right.set(xlabel='step', ylabel='ratio of gradients', yscale='log')
-    left.legend(loc='center right', title='G minimises')
-    write_columns(m.folder / 'gan_early.csv', step=range(len(d_fakes)), **curves)
-    return {f'{name}_median': torch.tensor(values[-100:]).median().item()
-            for name, values in curves.items()}
+    """The first epoch of the template's GAN with either loss of G, thrice (`first_epoch`): with
+    the same seed from the same weights on the same images. The numbers: medians of the last 100
+    steps of all three, and the median Fréchet distance of samples to the validation images."""
+    classifier = measures.load_classifier(m.folder.parent, m.train, m.val)
+    judge = measures.Judge(classifier, m.val.images / 255, m.val.labels)
+    columns, medians, all_axes = {}, {}, figure.subplots(1, 2)
+    for name, label, colour in zip(GENERATOR_LOSSES, GENERATOR_LABELS, COLOURS, strict=False):
+        distances = []
+        for seed, dash in enumerate(('-', '--', ':')):
+            generator, curves = first_epoch(m.train.images, name, seed)
+            z = torch.randn(m.n_decoded, generator.latent_dim, device=m.train.images.device)
+            distances.append(judge.glance(a3_gan.sample(generator, z))['frechet'])
+            columns |= {f'{name}_{kind}_{seed}': values for kind, values in curves.items()}
+            for axes, values in zip(all_axes, curves.values(), strict=True):
+                axes.plot(values, dash, color=colour, linewidth=0.8, label=label * (seed == 0))
+        for kind in curves:
+            last = [columns[f'{name}_{kind}_{each}'][-100:] for each in range(3)]
+            medians[f'{name}_{kind}_median'] = torch.tensor(last).median().item()
+        medians[f'{name}_frechet_median'] = statistics.median(distances)
+    for axes, ylabel in zip(all_axes, ('mean D(G(z))', 'ratio of gradients'), strict=True):
+        axes.set(xlabel='step', ylabel=ylabel, yscale='log')
+    all_axes[0].legend(loc='center right', title='G minimises')
+    write_columns(m.folder / 'gan_early.csv', step=range(len(values)), **columns)
+    return medians
 
 
 def mixture_log_density(x: Tensor, weights: Tensor) -> Tensor:
@@ -494,8 +539,8 @@ def flow_order(m: Material, figure: Figure) -> dict[str, float]:
 
 # By name: the function, the height in inches, and the runs whose models it needs.
 FIGURES = {draw.__name__: (draw, height, needed) for draw, height, needed in (
-    (decodings, 1.35, AUTOENCODERS), (codes, 2.4, AUTOENCODERS),
-    (latent_sizes, 1.55, LATENT_SIZES), (traversals, 2.7, ['vae_z10']),
+    (decodings, 1.35, AUTOENCODERS), (codes, 2.4, AUTOENCODERS + FLOWS),
+    (latent_sizes, 1.55, LATENT_SIZES), (traversals, 2.1, ['vae_z10']),
     (monte_carlo, 3.1, MONTE_CARLO), (kl_map, 1.7, []), (gan_gradients, 1.5, []),
     (gan_early, 1.5, []), (dequantisation, 1.7, []), (flow_order, 2.1, []))}
 
@@ -506,10 +551,11 @@ def load(name: str, args: argparse.Namespace) -> tuple[nn.Module, bytes]:
     Raises RunError, with the command that makes it, if the run is unfinished or lost its weights.
     """
     job = find(name)
-    script = {'a3_vae': a3_vae, 'a3_ae': a3_ae}[job.script]
+    script = {'a3_vae': a3_vae, 'a3_ae': a3_ae, 'a3_nf': a3_nf}[job.script]
     if args.dry_run:
         runs.seed_all(args.seed, name)
-        small = script.parse_args([*job.words, '--hidden_dim', '16'])
+        width = '--n_hidden' if script is a3_nf else '--hidden_dim'
+        small = script.parse_args([*job.words, width, '16'])
         return script.make_model(small).eval(), json.dumps(dict.fromkeys(TABLE, 0.)).encode()
     suffix = '_digits' * (args.dataset == 'digits')
     folder = args.results_dir / (name + suffix)

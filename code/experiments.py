@@ -71,10 +71,11 @@ FIGURES = [Job('evidence', 'a3_evidence.py', 10), Job('compare', 'a3_compare.py'
 COMPARED = {'vae_z20': 'VAE', 'vae_logistic_z20': 'VAE, grey', 'gan': 'GAN',
             'gan_template': 'GAN, template', 'nf': 'flow', 'nf_mlp': 'flow, template'}
 AUTOENCODERS = [f'{kind}_z{zdim}' for zdim in (2, 20) for kind in ('ae', 'dae', 'vae')]
+FLOWS = ['nf', 'nf_mlp']
 LATENT_SIZES = [f'vae_z{zdim}' for zdim in (2, 5, 10, 20)]
 MONTE_CARLO = [f'vae_z{zdim}' for zdim in (2, 3, 4, 5, 10, 20)]
 NEEDED = {  # by figures, with their weights
-    'evidence': AUTOENCODERS + MONTE_CARLO[1:-1],
+    'evidence': AUTOENCODERS + FLOWS + MONTE_CARLO[1:-1],
     'compare': [job.name for job in MAIN if job.name.partition('_seed')[0] in COMPARED],
 }
 

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import scipy
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, distributions
 from torch.distributions import Normal, kl_divergence
 
 import a3_ae
 import a3_evidence
+import a3_nf
 import a3_vae
 import command_line
 import measures
@@ -27,7 +29,7 @@ import runs
 from a3_evidence import FIGURES, Material, importance_log_weights, naive_log_weights
 from datasets import digits
 from datasets.common import Loader
-from experiments import AUTOENCODERS, LATENT_SIZES, MONTE_CARLO
+from experiments import AUTOENCODERS, FLOWS, LATENT_SIZES, MONTE_CARLO, find
 from helpers import assert_one_line, read_csv, stamps
 
 PRIOR = Normal(0., 1.)
@@ -73,6 +75,8 @@ def few(tmp_path) -> dict:
         model.decoder.net.last.weight *= 20
         seen = model.seen = []  # the codes that are decoded
         model.decoder.register_forward_pre_hook(lambda _, codes, seen=seen: seen.append(*codes))
+    models |= {run: a3_nf.make_model(a3_nf.parse_args([*find(run).words, '--n_hidden', '8'])
+                                     ).requires_grad_(False) for run in FLOWS}
     return {'folder': tmp_path, 'models': models, 'train': loader, 'val': loader, 'test': loader,
             'train_bits': bits.roll(1, 1), 'test_bits': bits, 'n_naive': 64, 'n_importance': 16}
 
@@ -142,7 +146,7 @@ def test_monte_carlo_counts_the_samples_only_where_they_suffice(few, monkeypatch
         torch.full([len(x)], -math.inf)))
     monkeypatch.setattr(a3_evidence, 'log_px_on_lattice', lambda model, x: (
         weights[-2].logsumexp(0) - math.log(64)))
-    metrics, figure = drawn('monte_carlo', **few)
+    metrics, figure = drawn('monte_carlo', **few, n_images=50)
     for zdim, panel, naive, importance in zip((2, 3, 4, 5, 10, 20), panels, weights[::2],
                                               weights[1::2], strict=True):
         row = {name.partition('_')[2]: value for name, value in metrics.items()
@@ -179,8 +183,20 @@ def test_neighbours_are_those_of_a_tree():
 
 
 def test_codes_shows_the_mean_codes_and_how_well_training_codes_predict_classes(few, monkeypatch):
-    monkeypatch.setattr(a3_evidence, 'nearest_neighbours', lambda train_z, train_y, z: train_y)
+    probed = []
+    monkeypatch.setattr(a3_evidence, 'nearest_neighbours', lambda train_z, train_y, z: (
+        probed.append((train_z, z)) or train_y))
     metrics, figure = drawn('codes', **few)
+    for run, codes in zip(AUTOENCODERS + FLOWS, probed, strict=True):
+        model = few['models'][run]
+        if run in FLOWS:
+            for z in codes:
+                torch.testing.assert_close(model.decode(z), few['test'].images + 0.5,
+                                           rtol=0, atol=0.51)  # the noise is in [0, 1)
+            assert not torch.equal(*codes)
+        else:
+            torch.testing.assert_close(codes, tuple(model.encoder(few[bits])[0] for bits in (
+                'train_bits', 'test_bits')))
     shown = columns(few['folder'] / 'codes.csv')
     assert shown.pop('class').tolist() == few['test'].labels.tolist()
     for run, axes in zip(('ae_z2', 'dae_z2', 'vae_z2'), figure.axes, strict=True):
@@ -192,26 +208,42 @@ def test_codes_shows_the_mean_codes_and_how_well_training_codes_predict_classes(
         sides = (low + high) / 2 + np.array([[-.55], [.55]]) * (high - low).max()
         np.testing.assert_allclose([axes.get_xlim(), axes.get_ylim()], sides.T, rtol=1e-4)
     assert not shown
-    assert metrics == {f'{run}_knn_accuracy': 1. for run in AUTOENCODERS}
+    assert metrics == {f'{run}_knn_accuracy': 1. for run in AUTOENCODERS + FLOWS}
 
 
 def test_decodings_measures_the_codes_and_decodes_the_same_noise_for_all_kinds(few, monkeypatch):
     judged = []
-    monkeypatch.setattr(measures, 'load_classifier', lambda *_: None)
+    # Sure of an image if its first pixel is bright.
+    monkeypatch.setattr(measures, 'load_classifier', lambda *_: SimpleNamespace(
+        look_at=lambda images: (None, F.pad(9 * images[:, :1], (0, 9)).log_softmax(1))))
     monkeypatch.setattr(measures, 'Judge', lambda *_: SimpleNamespace(
         glance=lambda images: judged.append(images) or {'frechet': float(len(images))}))
     metrics, figure = drawn('decodings', **few | {'n_decoded': 4000})
     [grid] = figure.axes[0].images
     assert torch.equal(judged[-1], few['val'].images / 255)
     assert metrics['frechet_floor'] == 300 and metrics['vae_z2_frechet_fitted'] == 4000
+    vae = few['models']['vae_z20']
+    z = vae.seen[0][:800]
+    posteriors = distributions.MixtureSameFamily(
+        distributions.Categorical(torch.ones(300)),
+        distributions.Independent(Normal(*vae.encoder(few['train_bits'])), 1))
+    cover = posteriors.log_prob(z) - PRIOR.log_prob(z).sum(1)
+    sure = vae.decoder(z)[:, 0].mul(9).exp()
+    unsure = (sure / (sure + 9) < 0.9).float()[cover.argsort()]
+    assert [metrics[f'unsure_share_{which}_covered'] for which in ('least', 'best')] == (
+        pytest.approx([unsure[:200].mean().item(), unsure[600:].mean().item()], abs=0.006))
+    assert 0.1 < unsure.mean() < 0.9
     for run, zdim in zip(AUTOENCODERS, (2, 2, 2, 20, 20, 20), strict=True):
         model = few['models'][run]
-        prior, fitted = model.seen
+        prior, fitted, *_ = model.seen
         assert torch.equal(prior, few['models'][f'ae_z{zdim}'].seen[0])
         if zdim == 20:  # the fourth image of the row
             top = 30 * ['ae', 'dae', 'vae'].index(run.removesuffix('_z20'))
             np.testing.assert_allclose(grid.get_array()[top + 1:top + 29, 91:119].flatten(),
                                        model.decoder(prior[3]), atol=1e-5)
+        pixels = distributions.Bernoulli(model.decoder(model.encoder(few['test_bits'])[0]))
+        assert metrics[f'{run}_reconstruction_nats'] == pytest.approx(
+            -float(pixels.log_prob(few['test_bits']).sum(1).mean()), rel=1e-4)
         assert off_by_errors(prior, 0.) < 4 and off_by_errors(prior.square(), 1.) < 4
         train, test = (
             Normal(mean, std if run.startswith('vae') else 1e-6).sample((100,)).flatten(0, 1)
@@ -290,19 +322,25 @@ def test_the_generators_of_the_first_epoch_differ_by_their_losses_alone(few, tmp
     descents, descent = [], torch.optim.SGD
     monkeypatch.setattr(torch.optim, 'SGD', lambda weights, **options: (
         descents.append(options) or descent(weights, **options)))
+    monkeypatch.setattr(measures, 'load_classifier', lambda *_: None)
+    monkeypatch.setattr(measures, 'Judge', lambda _, images, labels: SimpleNamespace(
+        glance=lambda samples: {'frechet': float(len(samples)) if samples.min() >= 0 else None}))
     metrics, _ = drawn('gan_early', **few)
-    assert descents == [{'lr': 0.01}] * 2
+    assert metrics['saturating_frechet_median'] == Material._field_defaults['n_decoded']
+    assert descents == [{'lr': 0.01}] * 6
     rows = columns(tmp_path / 'gan_early.csv')
     assert len(rows['step']) == 5  # batches of 64 of all 300 images
-    D = rows['saturating_d_fake'][0]
-    assert rows['non_saturating_d_fake'][0] == D and 0.4 < D < 0.6
-    # At first D is nearly the same for all fakes, so the gradients are those of one logit.
-    for name in ('saturating', 'non_saturating'):
-        assert rows[f'{name}_gradient_ratio'][0] == pytest.approx(D / (1 - D), rel=0.02)
-    assert rows['saturating_d_fake'][1] != rows['non_saturating_d_fake'][1]
+    starts = [rows[f'saturating_d_fake_{seed}'][0] for seed in range(3)]
+    assert len(set(starts)) == 3
+    for seed, D in enumerate(starts):
+        assert rows[f'non_saturating_d_fake_{seed}'][0] == D and 0.4 < D < 0.6
+        # At first D is nearly the same for all fakes, so the gradients are those of one logit.
+        for name in ('saturating', 'non_saturating'):
+            assert rows[f'{name}_gradient_ratio_{seed}'][0] == pytest.approx(D / (1 - D), rel=0.02)
+        assert rows[f'saturating_d_fake_{seed}'][1] != rows[f'non_saturating_d_fake_{seed}'][1]
     for name in ('saturating', 'non_saturating'):
         assert metrics[f'{name}_gradient_ratio_median'] == pytest.approx(
-            np.median(rows[f'{name}_gradient_ratio']), rel=1e-4)
+            np.median([rows[f'{name}_gradient_ratio_{seed}'] for seed in range(3)]), rel=1e-4)
 
 
 def test_the_mixture_is_that_of_torch_distributions():
@@ -401,7 +439,7 @@ def test_a_trained_run_is_used_and_named_by_the_sha256_of_its_metrics(tmp_path, 
     assert kl == pytest.approx(json.loads(content)['test_kl_nats'], rel=0.01)
 
 
-@pytest.mark.parametrize('run', dict.fromkeys(AUTOENCODERS + MONTE_CARLO))
+@pytest.mark.parametrize('run', dict.fromkeys(AUTOENCODERS + FLOWS + MONTE_CARLO))
 def test_a_missing_run_is_one_line_with_the_command_that_makes_it(tmp_path, run_here, monkeypatch,
                                                                   run):
     monkeypatch.setattr(a3_evidence, 'mnist', None)  # no work before
@@ -410,6 +448,6 @@ def test_a_missing_run_is_one_line_with_the_command_that_makes_it(tmp_path, run_
                     '--only', 'kl_map')
     assert_one_line(done, f'no/{run}_digits is missing')
     script, *words = shlex.split(done.stderr.split('make it with: python code/')[1])
-    module = {'a3_vae.py': a3_vae, 'a3_ae.py': a3_ae}[script]
+    module = {'a3_vae.py': a3_vae, 'a3_ae.py': a3_ae, 'a3_nf.py': a3_nf}[script]
     made = module.parse_args(words)
     assert (made.name, made.dataset) == (run, 'digits') and not any(tmp_path.iterdir())
