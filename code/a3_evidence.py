@@ -223,7 +223,7 @@ def traversals(m: Material, figure: Figure) -> dict[str, float]:
     start = model.encoder(m.test_bits[m.test.labels == 3][:1])[0]
     z = start.repeat(len(order), 11, 1)  # (axes, values, D)
     z[range(len(order)), :, order] = torch.linspace(-3, 3, 11, device=z.device)
-    images, bars = figure.subplots(1, 2)
+    images, bars = figure.subplots(1, 2, width_ratios=(1.2, 1))
     show_images(images, model.decoder(z.flatten(0, 1)), 11, [f'$z_{{{axis + 1}}}$'
                                                              for axis in order.tolist()])
     images.set_xticks([30 * i + 14.5 for i in (0, 5, 10)], ['−3', '0', '3'])
@@ -347,8 +347,8 @@ def kl_map(m: Material, figure: Figure) -> dict[str, float]:
         metrics |= {f'{name}_mean': mean, f'{name}_variance': variance, f'{name}_nats': nats}
         [line] = right.plot(x, gaussian_log_density(x, *q).exp(), label=f'N({mean:g}, {variance})')
         left.plot(mean, variance, 'o', color=line.get_color(), markeredgecolor='white')
-        left.annotate(f'{nats:.3g}', (mean, variance), (-6, 0), textcoords='offset points',
-                      ha='right', va='center', weight='bold', path_effects=HALO)
+        left.annotate(f'{nats:.3g}', (mean, variance), (0, -6), textcoords='offset points',
+                      ha='center', va='top', weight='bold', path_effects=HALO)
     left.set(xlabel='μ', ylabel='σ²', yscale='log', title='KL(N(μ, σ²) ‖ N(0, 1)), nats')
     left.grid(False)
     right.set(xlabel='z', ylabel='density')
@@ -540,7 +540,7 @@ def flow_order(m: Material, figure: Figure) -> dict[str, float]:
 # By name: the function, the height in inches, and the runs whose models it needs.
 FIGURES = {draw.__name__: (draw, height, needed) for draw, height, needed in (
     (decodings, 1.35, AUTOENCODERS), (codes, 2.4, AUTOENCODERS + FLOWS),
-    (latent_sizes, 1.55, LATENT_SIZES), (traversals, 2.1, ['vae_z10']),
+    (latent_sizes, 1.55, LATENT_SIZES), (traversals, 2.3, ['vae_z10']),
     (monte_carlo, 3.1, MONTE_CARLO), (kl_map, 1.7, []), (gan_gradients, 1.5, []),
     (gan_early, 1.5, []), (dequantisation, 1.7, []), (flow_order, 2.1, []))}
 
