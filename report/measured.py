@@ -24,7 +24,8 @@ from files import read_csv, write_text  # noqa: E402
 # How metrics are printed, by the end of their names, `_floor` aside: the longest end that fits.
 FORMATS = {'bpd': '.3f', 'bpd_iw': '.3f', 'log10': '.1f', 'frechet': '.1f', 'frechet_fitted': '.1f',
            'frechet_spread': '.1f', 'frechet_cool': '.1f', 'frechet_draws': '.1f',
-           'frechet_draws_spread': '.1f', 'nats': '.1f', 'minutes': '.1f', 'accuracy': '.3f',
+           'frechet_draws_spread': '.1f', 'frechet_median': '.0f', 'nats': '.1f',
+           'minutes': '.1f', 'accuracy': '.3f',
            'loss_nats': '.2f', 'share_min': '.3f', 'share_max': '.3f', 'd_fake': '.3f',
            'd_real': '.3f', 'd_val': '.3f', 'max_error': '.1e', 'share_off_float32': '.3f',
            'saturating_d_fake_median': '.1e', 'saturating_gradient_ratio_median': '.1e',
