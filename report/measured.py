@@ -87,7 +87,8 @@ def aligned(number: str, spread: str = '', best: bool = False) -> str:
     """
     whole, point, decimals = number.partition('.')
     cells = [f'\\textbf{{{cell}}}' if best and cell else cell for cell in (whole, point + decimals)]
-    return '&'.join(cells) + (rf'\,{{\scriptsize$\pm${spread}}}' if spread else '')
+    known = spread and '<' not in number  # below what the table can show, it has no spread
+    return '&'.join(cells) + (rf'\,{{\scriptsize$\pm${spread}}}' if known else '')
 
 
 def fixed(value: float | None, factor: float, decimals: int) -> str:
