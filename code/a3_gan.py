@@ -265,13 +265,6 @@ def sample(averaged: Generator, z: Tensor) -> Tensor:
     return torch.cat([(averaged(rows) + 1) / 2 for rows in z.split(EVAL_BATCH)])
 
 
-@torch.no_grad()
-def mean_output(discriminator: Discriminator, images: Tensor) -> float:
-    """The mean of D(x) over images, (N, 784), in [−1, 1]."""
-    logits = torch.cat([discriminator(rows) for rows in images.split(EVAL_BATCH)])
-    return float(logits.sigmoid().mean())
-
-
 def noise(args: argparse.Namespace, n: int, purpose: str, device: torch.device) -> Tensor:
     """Standard normal noise, (n, latent_dim): for the same purpose always the same."""
     runs.seed_all(args.seed, purpose)
@@ -284,13 +277,14 @@ def final_estimates(averaged: Generator, classifier: measures.DigitClassifier, v
     """The metrics of the trained generator, and of validation images as `…_floor`; and walks."""
     start, device = time.perf_counter(), test.images.device
     z = noise(args, 1000, 'interpolated', device)
-    save_interpolations(averaged, classifier, z, run)
+    from_class, to_class = save_interpolations(averaged, classifier, z, run)
     judge = measures.Judge(classifier, test.images / 255, test.labels)
     z = noise(args, min(N_JUDGED, len(test.images)), 'judged', device)
     return {**judge.measure(sample(averaged, z)),
             **{f'{name}_floor': value  # neither the GAN nor the classifier was fitted to these
                for name, value in judge.measure(val.images / 255).items()},
             'classifier_sha256': measures.fingerprint(classifier),
+            'interpolation_from_class': from_class, 'interpolation_to_class': to_class,
             'test_minutes': (time.perf_counter() - start) / 60}
 
 
@@ -326,22 +320,22 @@ def warn(row: dict) -> None:
 def save_loss_plot(rows: list[dict], filename: Path, floor: float) -> None:
     """Both losses, and the discriminator's mean outputs, over the epochs of the log, each with its
     value at the equilibrium, where D is ½ everywhere (paper, theorem 1); and the distance of
-    samples to validation images, with that of test images, the floor. Where D's output is lower
-    on validation images than on training images, it has learned these by heart."""
-    epochs, loss_D, loss_G, d_real, d_fake, d_val, frechet = (
-        [row[name] for row in rows[1:]] for name in ('epoch', *AVERAGES, 'd_val', 'val_frechet'))
+    samples to validation images, with that of test images, the floor."""
+    epochs, loss_D, loss_G, d_real, d_fake, frechet = (
+        [row[name] for row in rows[1:]] for name in ('epoch', *AVERAGES, 'val_frechet'))
     figures.save_curves(filename, epochs, [
         {'ylabel': 'loss, nats', 'curves': {'discriminator': loss_D, 'generator': loss_G},
          'references': {'log 4': math.log(4), 'log 2': math.log(2)}},
-        {'ylabel': 'mean output of D', 'start': len(epochs) / 5, 'references': {'½': 0.5},
-         'curves': {'D(x) in training': d_real, 'D(x) in validation': d_val, 'D(G(z))': d_fake}},
-        {'ylabel': 'Fréchet distance', 'start': len(epochs) / 5, 'references': {'real': floor},
-         'curves': {'samples': frechet}}])
+        {'ylabel': 'mean output of D', 'curves': {'D(x)': d_real, 'D(G(z))': d_fake},
+         'references': {'½': 0.5}},
+        {'ylabel': 'Fréchet distance', 'curves': {'samples': frechet}, 'start': len(epochs) / 5,
+         'references': {'real': floor}}])
 
 
 def save_interpolations(averaged: Generator, classifier: measures.DigitClassifier, z: Tensor,
-                        run: runs.Run) -> None:
+                        run: runs.Run) -> list[int]:
     """Rows of nine images, from a sample of one class to one of another, by `spherical_path`.
+    Returns the classes at the ends of the first row.
 
     The ends are the samples that the classifier is surest of, one of each class that occurs. A CSV
     beside them has the class that the classifier gives to each image.
@@ -358,6 +352,7 @@ def save_interpolations(averaged: Generator, classifier: measures.DigitClassifie
     classes = classifier.look_at(images)[1].argmax(1).tolist()
     write_csv(run.path('interpolations.csv'), [
         {'row': i // 9, 'step': i % 9, 'classified_as': c} for i, c in enumerate(classes)])
+    return [classes[0], classes[8]]
 
 
 # --- the run -------------------------------------------------------------------------------------
@@ -435,7 +430,7 @@ def main(args: argparse.Namespace) -> None:
     checks = {round(tenth * args.epochs / 10) for tenth in range(11)}
     for epoch in run.epochs():
         start = time.perf_counter()
-        row = {'epoch': epoch} | dict.fromkeys((*AVERAGES, 'r1', 'r2', 'd_val', 'val_frechet',
+        row = {'epoch': epoch} | dict.fromkeys((*AVERAGES, 'r1', 'r2', 'val_frechet',
                                                 'class_share_min'))
         if epoch > 0:
             batches = watched(real, averaged, few, args.save_interval, epoch, run)
@@ -445,8 +440,7 @@ def main(args: argparse.Namespace) -> None:
             continue
         if epoch in checks:
             glance = val_judge.glance(sample(averaged, judged))
-            row |= {'d_val': mean_output(discriminator, val.images / 127.5 - 1),
-                    'val_frechet': glance['frechet'], 'class_share_min': glance['class_share_min']}
+            row |= {'val_frechet': glance['frechet'], 'class_share_min': glance['class_share_min']}
         row['seconds'] = time.perf_counter() - start
         if epoch in snapshots:
             figures.save_grid(run.path(f'samples_epoch{epoch:03d}.png'), sample(averaged, few))
