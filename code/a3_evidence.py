@@ -8,6 +8,7 @@ says about naive Monte Carlo. Formulas are always those of the scripts.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -99,8 +100,8 @@ def decodings(m: Material, figure: Figure) -> dict[str, float]:
 
     The numbers: the Fréchet distance of such images to the test images, the same with z from a
     Gaussian fitted to the training codes, the reconstruction term of test images at their mean
-    codes, and how far these codes are from N(0, I); and for the VAE, how often the classifier is
-    unsure of an image (`unsure_shares`).
+    codes, and how far the codes of test images, with a VAE's noise, are from N(0, I); and how
+    often the classifier is unsure of the VAE's images (`unsure_shares`).
     """
     noise = {zdim: torch.randn(m.n_decoded, zdim, device=m.test.images.device)
              for zdim in (2, 20)}  # before the classifier, whose training seeds the generator
@@ -114,7 +115,7 @@ def decodings(m: Material, figure: Figure) -> dict[str, float]:
             variance = (std.square().mean(0) if isinstance(model, a3_vae.VAE)
                         else torch.full_like(std[0], 1e-6))  # for a positive definite covariance
             moments.append((mean.mean(0), mean.T.cov() + variance.diag()))
-        reconstruction = -float(model.decoder.log_likelihood(bits, mean).mean())  # of test images
+        reconstruction = model.decoder.log_likelihood(m.test_bits, model.encoder(m.test_bits)[0])
         (train_mean, train_cov), (mean, cov) = moments
         z, std = noise[model.z_dim], cov.diag().sqrt()
         images = model.decoder(z)
@@ -122,33 +123,48 @@ def decodings(m: Material, figure: Figure) -> dict[str, float]:
         shown.append(images[:12])
         rows.append({'model': run, 'frechet': judge.glance(images)['frechet'],
                      'frechet_fitted': judge.glance(fitted)['frechet'],
-                     'reconstruction_nats': reconstruction,
+                     'reconstruction_nats': -float(reconstruction.mean()),
                      'code_std': float(std.mean()), 'code_kl_nats': float(gaussian_kl(mean, std))})
     show_images(figure.subplots(), torch.cat(shown[3:]), 12, ['AE', 'DAE', 'VAE'])
-    unsure = unsure_shares(model, classifier, z[:m.n_decoded // 5], m.train_bits)
+    unsure = unsure_shares(m.models['vae_z20'], classifier, noise[20][:m.n_decoded // 5],
+                           m.train_bits, m.test_bits)
     return write_rows(m.folder / 'decodings.csv', rows, 'model') | unsure | {
         'frechet_floor': judge.glance(m.val.images / 255)['frechet']}
 
 
-def unsure_shares(vae: a3_vae.VAE, classifier: measures.DigitClassifier, z: Tensor, bits: Tensor
-                  ) -> dict[str, float]:
-    """The share of codes z ~ p(z) from whose images the classifier gives no class 90 %, in the
-    quarter that the codes of the images cover least, by (1/N Σ_n q(z|x_n)) / p(z), and in the
-    quarter that they cover best. Shapes: (L, D) and (N, 784)."""
-    posteriors = vae.encoder(bits)
-    covered = torch.cat([gaussian_log_density(rows[:, None], *posteriors).logsumexp(1)
+def unsure_shares(vae: a3_vae.VAE, classifier: measures.DigitClassifier, z: Tensor,
+                  train_bits: Tensor, test_bits: Tensor) -> dict[str, float]:
+    """How often the classifier gives no class 90 %, when it sees decoded z ~ p(z), (L, D).
+
+    The shares are those of two quarters of the z: what the codes of the training images, (N, 784),
+    cover least, by 1/N Σ_n q(z|x_n) / p(z), and what they cover best. And of test images, decoded
+    from their mean codes.
+    """
+    posteriors = vae.encoder(train_bits)
+    covered = torch.cat([gaussian_log_density(rows[:, None], *posteriors).logsumexp(1)  # + log N
                          - prior_log_density(rows) for rows in z.split(20)])
-    unsure = classifier.look_at(vae.decoder(z))[1].exp().amax(1) < 0.9
-    quarters = unsure[covered.argsort()].float().split(-(-len(z) // 4))
-    return {'unsure_share_least_covered': float(quarters[0].mean()),
-            'unsure_share_best_covered': float(quarters[-1].mean())}
+    unsure, unsure_of_test = (
+        (classifier.look_at(vae.decoder(codes))[1].exp().amax(1) < 0.9).float()
+        for codes in (z, vae.encoder(test_bits)[0]))
+    least, *_, best = unsure[covered.argsort()].chunk(4)
+    return {'unsure_share_least_covered': float(least.mean()),
+            'unsure_share_best_covered': float(best.mean()),
+            'unsure_share_of_test': float(unsure_of_test.mean())}
 
 
 def nearest_neighbours(train_z: Tensor, train_y: Tensor, z: Tensor, k: int = 10) -> Tensor:
     """The most frequent class of the k nearest training codes: (N, D), (N,), (M, D) to (M,)."""
-    near = torch.cat([measures.distances(rows, train_z).topk(k, largest=False).indices
+    half = train_z.square().sum(1) / 2  # ‖a − b‖² is least where ‖b‖²/2 − a·b is
+    near = torch.cat([torch.addmm(half, rows, train_z.T, alpha=-1).topk(k, largest=False).indices
                       for rows in z.split(measures.ROWS)])
     return F.one_hot(train_y[near], measures.N_CLASSES).sum(1).argmax(1)
+
+
+@torch.no_grad()
+def latents(flow: a3_nf.Model, images: Tensor) -> Tensor:
+    """The latents of images, (N, 784) of whole numbers from 0 to 255, with noise: (N, 784)."""
+    return torch.cat([flow.encode(flow.dequantize(rows.float()))[0]
+                      for rows in images.split(a3_nf.EVAL_BATCH)])
 
 
 def codes(m: Material, figure: Figure) -> dict[str, float]:
@@ -160,12 +176,9 @@ def codes(m: Material, figure: Figure) -> dict[str, float]:
     probes, y = [], m.test.labels
     for run in AUTOENCODERS + FLOWS:
         model = m.models[run]
-        if run in FLOWS:
-            train_z, z = (torch.cat([model.encode(model.dequantize(rows.float()))[0]
-                                     for rows in loader.images.split(a3_nf.EVAL_BATCH)])
-                          for loader in (m.train, m.test))
-        else:
-            train_z, z = (model.encoder(bits)[0] for bits in (m.train_bits, m.test_bits))
+        train_z, z = (
+            [latents(model, loader.images) for loader in (m.train, m.test)] if run in FLOWS else
+            [model.encoder(bits)[0] for bits in (m.train_bits, m.test_bits)])
         found = nearest_neighbours(train_z, m.train.labels, z)
         probes.append({'model': run, 'knn_accuracy': float((found == y).float().mean())})
     labels = y.cpu()
@@ -270,7 +283,8 @@ def monte_carlo(m: Material, figure: Figure) -> dict[str, float]:
     """How many nats below log p(x) naive and importance sampling end (question 1.4).
 
     With two latent dimensions log p(x) is known, by integration. Elsewhere the largest of three
-    lower bounds stands for it: those two, and importance sampling as in `a3_vae.py`. The number
+    averages stands for it, each a lower bound: of those two, and of importance sampling as in
+    `a3_vae.py`. The number
     of samples with which naive sampling comes within one nat is shown beside exp KL(q(z|x) ‖ p(z))
     (Chatterjee and Diaconis, The Sample Size Required in Importance Sampling, Annals of Applied
     Probability 2018, theorem 1.1, where q is the posterior).
@@ -282,10 +296,10 @@ def monte_carlo(m: Material, figure: Figure) -> dict[str, float]:
         model = m.models[run]
         log_weights = {'naive': naive_log_weights(model, x, m.n_naive),
                        'importance': importance_log_weights(model, x, m.n_importance)}
-        bounds = [log_w.logsumexp(0) - math.log(len(log_w)) for log_w in log_weights.values()]
-        reference = float((log_px_on_lattice(model, x) if model.z_dim == 2 else torch.stack([
-            *bounds, importance_sampled_log_px(model, x, m.n_importance)]).amax(0)).mean())
         estimates = {name: block_estimates(log_w) for name, log_w in log_weights.items()}
+        reference = (float(log_px_on_lattice(model, x).mean()) if model.z_dim == 2 else max(
+            float(importance_sampled_log_px(model, x, m.n_importance).mean()),
+            *(rows[-1]['mean'] for rows in estimates.values())))
         kl = gaussian_kl(*model.encoder(x))
         exp_kl, low, high = (float(nats) / math.log(10) for nats in (
             kl.mean(), kl.quantile(0.1), kl.quantile(0.9)))  # powers of ten
@@ -319,10 +333,8 @@ def monte_carlo(m: Material, figure: Figure) -> dict[str, float]:
                   label='exp KL(q ‖ p)')
     axes.plot(zdim, log10, 'o', color=COLOURS[0], markersize=4, label='measured')
     axes.yaxis.set_major_formatter(lambda power, _: f'$10^{{{power:g}}}$')
-    axes.set(title='naive: to within one nat', xlabel='latent dimensions', xscale='log',
-             ylabel='samples needed')
-    axes.set_xticks(zdim, [f'{d:g}' for d in zdim])
-    axes.minorticks_off()
+    axes.set(title='naive: to within one nat', xlabel='latent dimensions', ylabel='samples needed')
+    axes.set_xticks(zdim, [f'{d:g}' if d in (2, 5, 10, 20) else '' for d in zdim])
     axes.legend(loc='lower right')
     write_csv(m.folder / 'monte_carlo.csv', curves)
     return write_rows(m.folder / 'monte_carlo_needed.csv', needed, 'zdim', prefix='z')
@@ -389,13 +401,15 @@ def gan_gradients(m: Material, figure: Figure) -> dict[str, float]:
 
 
 def first_epoch(images: Tensor, loss: str, seed: int
-                ) -> tuple[a3_gan.Generator, dict[str, list[float]]]:
-    """The template's GAN for an epoch, with G trained by plain gradient descent on that loss: G,
-    and for each batch the mean D(G(z)), and the norm of the saturating loss's gradient in the
-    weights of G, divided by that of the other loss, for the same weights and images."""
+                ) -> tuple[a3_gan.Generator, a3_gan.Generator, dict[str, list[float]]]:
+    """The template's GAN for an epoch, with G trained by plain gradient descent on that loss: G
+    before and after, and for each batch the mean D(G(z)), and the norm of the saturating loss's
+    gradient in the weights of G, divided by that of the other loss, for the same weights and
+    images."""
     args, curves = a3_gan.parse_args(TEMPLATE_GAN.split()), {'d_fake': [], 'gradient_ratio': []}
     torch.manual_seed(seed)
     generator, discriminator = (net.to(images.device) for net in a3_gan.make_model(args))
+    untrained = copy.deepcopy(generator)
     optimizer_G = torch.optim.SGD(generator.parameters(), lr=0.01)  # Adam rescales gradients
     optimizer_D = torch.optim.Adam(discriminator.parameters(), args.lr, (args.beta1, args.beta2))
     weights = list(generator.parameters())
@@ -414,33 +428,36 @@ def first_epoch(images: Tensor, loss: str, seed: int
         norms = {each: nn.utils.get_total_norm(found) for each, found in gradients.items()}
         curves['d_fake'].append(float(logits.detach().sigmoid().mean()))
         curves['gradient_ratio'].append(float(norms['saturating'] / norms['non_saturating']))
-    return generator, curves
+    return untrained, generator, curves
 
 
 def gan_early(m: Material, figure: Figure) -> dict[str, float]:
-    """The first epoch of the template's GAN with either loss of G, thrice (`first_epoch`): with
-    the same seed from the same weights on the same images. The numbers: medians of the last 100
-    steps of all three, and the median Fréchet distance of samples to the validation images."""
+    """Three first epochs (`first_epoch`) of the template's GAN with each loss of G; those of the
+    same seed start from the same weights and see the same images. The numbers: medians over the
+    last 100 steps of the three, and of the Fréchet distances of samples to validation images, also
+    of untrained generators."""
     classifier = measures.load_classifier(m.folder.parent, m.train, m.val)
     judge = measures.Judge(classifier, m.val.images / 255, m.val.labels)
+    z = torch.randn(m.n_decoded, 100, device=m.train.images.device)
     columns, medians, all_axes = {}, {}, figure.subplots(1, 2)
-    for name, label, colour in zip(GENERATOR_LOSSES, GENERATOR_LABELS, COLOURS, strict=False):
-        distances = []
+    for name, label, colour in zip(GENERATOR_LOSSES, GENERATOR_LABELS, COLOURS[:2], strict=True):
+        distances = {'untrained': [], name: []}
         for seed, dash in enumerate(('-', '--', ':')):
-            generator, curves = first_epoch(m.train.images, name, seed)
-            z = torch.randn(m.n_decoded, generator.latent_dim, device=m.train.images.device)
-            distances.append(judge.glance(a3_gan.sample(generator, z))['frechet'])
+            untrained, generator, curves = first_epoch(m.train.images, name, seed)
+            distances['untrained'].append(judge.glance(a3_gan.sample(untrained, z))['frechet'])
+            distances[name].append(judge.glance(a3_gan.sample(generator, z))['frechet'])
             columns |= {f'{name}_{kind}_{seed}': values for kind, values in curves.items()}
             for axes, values in zip(all_axes, curves.values(), strict=True):
                 axes.plot(values, dash, color=colour, linewidth=0.8, label=label * (seed == 0))
-        for kind in curves:
+        for kind in ('d_fake', 'gradient_ratio'):
             last = [columns[f'{name}_{kind}_{each}'][-100:] for each in range(3)]
-            medians[f'{name}_{kind}_median'] = torch.tensor(last).median().item()
-        medians[f'{name}_frechet_median'] = statistics.median(distances)
+            medians[f'{name}_{kind}_median'] = statistics.median(sum(last, []))
+        medians |= {f'{each}_frechet_median': statistics.median(found)
+                    for each, found in distances.items()}
     for axes, ylabel in zip(all_axes, ('mean D(G(z))', 'ratio of gradients'), strict=True):
         axes.set(xlabel='step', ylabel=ylabel, yscale='log')
     all_axes[0].legend(loc='center right', title='G minimises')
-    write_columns(m.folder / 'gan_early.csv', step=range(len(values)), **columns)
+    write_columns(m.folder / 'gan_early.csv', step=range(len(curves['d_fake'])), **columns)
     return medians
 
 

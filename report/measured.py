@@ -27,7 +27,7 @@ FORMATS = {'bpd': '.3f', 'bpd_iw': '.3f', 'log10': '.1f', 'frechet': '.1f', 'fre
            'frechet_draws_spread': '.1f', 'frechet_median': '.0f', 'nats': '.1f',
            'minutes': '.1f', 'accuracy': '.3f',
            'loss_nats': '.2f', 'share_min': '.3f', 'share_max': '.3f', 'd_fake': '.3f',
-           'd_real': '.3f', 'd_val': '.3f', 'max_error': '.1e', 'share_off_float32': '.3f',
+           'd_real': '.3f', 'max_error': '.1e', 'share_off_float32': '.3f',
            'saturating_d_fake_median': '.1e', 'saturating_gradient_ratio_median': '.1e',
            'non_saturating_d_fake_median': '.2f', 'non_saturating_gradient_ratio_median': '.2f',
            '': '.2f'}
@@ -87,8 +87,8 @@ def aligned(number: str, spread: str = '', best: bool = False) -> str:
     """
     whole, point, decimals = number.partition('.')
     cells = [f'\\textbf{{{cell}}}' if best and cell else cell for cell in (whole, point + decimals)]
-    known = spread and '<' not in number  # below what the table can show, it has no spread
-    return '&'.join(cells) + (rf'\,{{\scriptsize$\pm${spread}}}' if known else '')
+    shown = spread and '<' not in number  # "less than" stands alone
+    return '&'.join(cells) + (rf'\,{{\scriptsize$\pm${spread}}}' if shown else '')
 
 
 def fixed(value: float | None, factor: float, decimals: int) -> str:

@@ -155,7 +155,7 @@ def test_monte_carlo_counts_the_samples_only_where_they_suffice(few, monkeypatch
         assert naive.shape == (64, 50) and importance.shape == (16, 50)
         last = [scipy.special.logsumexp(log_w, 0) - math.log(len(log_w))
                 for log_w in (naive, importance)]
-        reference = last[0] if zdim == 2 else np.maximum(*last)
+        reference = last[0] if zdim == 2 else max(last, key=np.mean)
         assert row['reference_nats'] == pytest.approx(reference.mean(), 1e-6)
         for i, (name, estimate) in enumerate(zip(('naive', 'importance'), last, strict=True)):
             gap = pytest.approx(row['reference_nats'] - estimate.mean(), abs=1e-3)
@@ -223,7 +223,7 @@ def test_decodings_measures_the_codes_and_decodes_the_same_noise_for_all_kinds(f
     assert torch.equal(judged[-1], few['val'].images / 255)
     assert metrics['frechet_floor'] == 300 and metrics['vae_z2_frechet_fitted'] == 4000
     vae = few['models']['vae_z20']
-    z = vae.seen[0][:800]
+    z = vae.seen[0][:800]  # before the codes of test images
     posteriors = distributions.MixtureSameFamily(
         distributions.Categorical(torch.ones(300)),
         distributions.Independent(Normal(*vae.encoder(few['train_bits'])), 1))
@@ -233,6 +233,9 @@ def test_decodings_measures_the_codes_and_decodes_the_same_noise_for_all_kinds(f
     assert [metrics[f'unsure_share_{which}_covered'] for which in ('least', 'best')] == (
         pytest.approx([unsure[:200].mean().item(), unsure[600:].mean().item()], abs=0.006))
     assert 0.1 < unsure.mean() < 0.9
+    sure = vae.decoder(vae.encoder(few['test_bits'])[0])[:, 0].mul(9).exp()
+    assert metrics['unsure_share_of_test'] == pytest.approx(
+        (sure / (sure + 9) < 0.9).float().mean().item(), abs=0.006)
     for run, zdim in zip(AUTOENCODERS, (2, 2, 2, 20, 20, 20), strict=True):
         model = few['models'][run]
         prior, fitted, *_ = model.seen
@@ -323,10 +326,20 @@ def test_the_generators_of_the_first_epoch_differ_by_their_losses_alone(few, tmp
     monkeypatch.setattr(torch.optim, 'SGD', lambda weights, **options: (
         descents.append(options) or descent(weights, **options)))
     monkeypatch.setattr(measures, 'load_classifier', lambda *_: None)
+    judged = []
+
+    def glance(samples: Tensor) -> dict[str, float]:
+        judged.append((float(samples.min()), float(samples.double().mean())))
+        return {'frechet': judged[-1][1]}
     monkeypatch.setattr(measures, 'Judge', lambda _, images, labels: SimpleNamespace(
-        glance=lambda samples: {'frechet': float(len(samples)) if samples.min() >= 0 else None}))
+        glance=glance if torch.equal(images, few['val'].images / 255) else None))
     metrics, _ = drawn('gan_early', **few)
-    assert metrics['saturating_frechet_median'] == Material._field_defaults['n_decoded']
+    lowest, means = zip(*judged, strict=True)
+    assert 0 <= min(lowest) < 0.5  # not in [−1, 1]
+    assert means[:6:2] == means[6::2] and len(set(means)) == 9  # three are of untrained ones
+    assert [metrics[f'{name}_frechet_median'] for name in (
+        'untrained', 'non_saturating', 'saturating')] == [
+        np.median(found) for found in (means[:6:2], means[1:6:2], means[7::2])]
     assert descents == [{'lr': 0.01}] * 6
     rows = columns(tmp_path / 'gan_early.csv')
     assert len(rows['step']) == 5  # batches of 64 of all 300 images

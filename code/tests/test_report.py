@@ -130,6 +130,7 @@ def test_numbers_meet_at_the_decimal_point_and_only_the_best_is_bold():
     assert [measured.aligned(*cell) for cell in (('12.3',), ('7',), ('--',))] == [
         '12&.3', '7&', '--&']
     assert measured.aligned('8.26', '0.12') == r'8&.26\,{\scriptsize$\pm$0.12}'
+    assert measured.aligned('<0.001', '<0.001') == '<0&.001'
     assert measured.aligned('8.2', best=True) == r'\textbf{8}&\textbf{.2}'
 
 
