@@ -66,7 +66,7 @@ ABLATIONS = {
     'nf': ('a3_nf.py', '--epochs 1', ('val_bpd', 'val_frechet'),
            ('', '--plan 0', '--plan 16', '--n_layers 1'), (42, 43, 44), 4),
 }
-FIGURES = [Job('evidence', 'a3_evidence.py', 10), Job('compare', 'a3_compare.py', 16)]
+FIGURES = [Job('evidence', 'a3_evidence.py', 13), Job('compare', 'a3_compare.py', 16)]
 # The models that are compared, each with the runs of all its seeds, and their names in tables.
 COMPARED = {'vae_z20': 'VAE', 'vae_logistic_z20': 'VAE, grey', 'gan': 'GAN',
             'gan_template': 'GAN, template', 'nf': 'flow', 'nf_mlp': 'flow, template'}
