@@ -161,9 +161,9 @@ def nearest_neighbours(train_z: Tensor, train_y: Tensor, z: Tensor, k: int = 10)
 
 
 @torch.no_grad()
-def latents(flow: a3_nf.Model, images: Tensor) -> Tensor:
-    """The latents of images, (N, 784) of whole numbers from 0 to 255, with noise: (N, 784)."""
-    return torch.cat([flow.encode(flow.dequantize(rows.float()))[0]
+def latents(flow: a3_nf.Model, images: Tensor, noisy: bool) -> Tensor:
+    """The latents of x + u, (N, 784), with u ~ U[0, 1) or u = ½, and x from 0 to 255."""
+    return torch.cat([flow.encode(flow.dequantize(rows.float()) if noisy else rows + 0.5)[0]
                       for rows in images.split(a3_nf.EVAL_BATCH)])
 
 
@@ -171,16 +171,17 @@ def codes(m: Material, figure: Figure) -> dict[str, float]:
     """Show the two-dimensional mean codes of the test images, by class, and the prior as circles.
 
     The numbers: how accurately the nearest training codes predict the class; also with the latents
-    of flows as codes.
+    of flows as codes, with dequantisation and without its noise.
     """
     probes, y = [], m.test.labels
-    for run in AUTOENCODERS + FLOWS:
-        model = m.models[run]
+    for name in AUTOENCODERS + FLOWS + [f'{run}_without_noise' for run in FLOWS]:
+        run = name.removesuffix('_without_noise')
         train_z, z = (
-            [latents(model, loader.images) for loader in (m.train, m.test)] if run in FLOWS else
-            [model.encoder(bits)[0] for bits in (m.train_bits, m.test_bits)])
+            [latents(m.models[run], loader.images, name == run) for loader in (m.train, m.test)]
+            if run in FLOWS else
+            [m.models[run].encoder(bits)[0] for bits in (m.train_bits, m.test_bits)])
         found = nearest_neighbours(train_z, m.train.labels, z)
-        probes.append({'model': run, 'knn_accuracy': float((found == y).float().mean())})
+        probes.append({'model': name, 'knn_accuracy': float((found == y).float().mean())})
     labels = y.cpu()
     columns = {'class': labels}
     angle, radius = torch.linspace(0, 2 * math.pi, 181)[:, None], torch.arange(1, 4)
