@@ -284,11 +284,11 @@ def monte_carlo(m: Material, figure: Figure) -> dict[str, float]:
     """How many nats below log p(x) naive and importance sampling end (question 1.4).
 
     With two latent dimensions log p(x) is known, by integration. Elsewhere the largest of three
-    averages stands for it, each a lower bound: of those two, and of importance sampling as in
-    `a3_vae.py`. The number
-    of samples with which naive sampling comes within one nat is shown beside exp KL(q(z|x) ‖ p(z))
-    (Chatterjee and Diaconis, The Sample Size Required in Importance Sampling, Annals of Applied
-    Probability 2018, theorem 1.1, where q is the posterior).
+    averages stands for it, each in expectation a lower bound: of those two, and of importance
+    sampling as in `a3_vae.py`. The number of samples with which naive sampling comes within one
+    nat is shown beside exp KL(q(z|x) ‖ p(z)) (Chatterjee and Diaconis, The Sample Size Required
+    in Importance Sampling, Annals of Applied Probability 2018, theorem 1.1, where q is the
+    posterior).
     """
     x = m.test_bits[::len(m.test_bits) // m.n_images][:m.n_images]
     grid = figure.add_gridspec(2, 3, width_ratios=(1, 1, 1.15))
